@@ -1,0 +1,144 @@
+"""The frozen language model: hidden states at the tap a head family needs, the embedding, and the lm_head."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from bebop.heads.families import Family, family_of
+from bebop.llama_as_qwen2 import qwen2_config
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_checkpoint(name: str) -> Path:
+    """Directory of a model given as a directory or hub id, with its config and safetensors checked for completeness.
+
+    Raises:
+        ValueError: no such directory or hub model, no config.json, no safetensors, or a damaged or truncated file.
+    """
+    directory = Path(name).expanduser()
+    if not directory.is_dir():
+        if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
+            raise ValueError(f"model directory {name!r} does not exist (nor is it a hub id of the form owner/name)")
+        try:
+            directory = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        except Exception as error:
+            raise ValueError(
+                f"model {name!r} is neither a local directory nor could it be fetched from the hub: {_one_line(error)}"
+            ) from error
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
+    shards = sorted(directory.glob("*.safetensors"))
+    if not shards:
+        raise ValueError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{shard} is damaged or truncated ({_one_line(error)}); fetch it again") from error
+    return directory
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+class Backbone:
+    """A frozen causal language model of Qwen2, Llama, Qwen3.5 or Qwen3-Next type.
+
+    Attributes:
+        directory: where the checkpoint lies.
+        model: the transformers model, frozen, in evaluation mode.
+        config: its text config.
+        head_config: the text config in the form the head's family uses (Qwen2 for a Llama backbone).
+        family: the head layout that engines expect beside it.
+        packs_documents: whether several documents may share a row. Recurrent (linear-attention) layers carry state
+            across documents, so models that have them take one document a row.
+    """
+
+    def __init__(self, model: Any, directory: Path):
+        self.directory = directory
+        self.model = model.requires_grad_(False).eval()
+        self.config = model.config.get_text_config()
+        self.family: Family = family_of(self.config)
+        self.head_config = qwen2_config(self.config) if self.config.model_type == "llama" else self.config
+        self.decoder = model.get_decoder()
+        layer_types = getattr(self.config, "layer_types", None) or ["full_attention"]
+        if "sliding_attention" in layer_types:
+            raise ValueError(f"{directory} uses sliding-window attention, which no MTP head family here supports")
+        self.packs_documents = set(layer_types) == {"full_attention"}
+
+    @classmethod
+    def load(cls, name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> "Backbone":
+        """Load from a directory or hub id, in bf16 or fp32.
+
+        Raises:
+            ValueError: the model cannot be found or read, or is of a type that has no head family.
+        """
+        directory = resolve_checkpoint(name)
+        config = AutoConfig.from_pretrained(directory)
+        family_of(config.get_text_config())  # refuse before gigabytes are read
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        return cls(model.to(device), directory)
+
+    @property
+    def lm_head_weight(self) -> Tensor:
+        """[V, d], the frozen output projection."""
+        return self.model.get_output_embeddings().weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head_weight.device
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model takes, in tokens."""
+        return self.config.max_position_embeddings
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token embeddings: [...] int64 -> [..., d]."""
+        return self.model.get_input_embeddings()(tokens)
+
+    @torch.no_grad()
+    def hidden_states(self, tokens: Tensor, documents: Tensor, positions: Tensor) -> Tensor:
+        """States at the family's tap (before or after the final norm): [B, T] -> [B, T, d].
+
+        Args:
+            tokens: [B, T] int64.
+            documents: [B, T] int64, equal within a document, -1 for padding.
+            positions: [B, T] int64, position within the document, 0 for padding.
+
+        Raises:
+            ValueError: rows of several documents for a model that cannot keep them apart.
+        """
+        real = documents >= 0
+        if not self.packs_documents and bool((real[:, 1:] & (documents[:, 1:] != documents[:, :-1])).any()):
+            raise ValueError(f"a {self.config.model_type} backbone needs one document a row: its state runs on across them")
+        tapped = {}
+        handle = self.decoder.norm.register_forward_pre_hook(lambda _, inputs: tapped.update(pre_norm=inputs[0]))
+        try:
+            # Positions that start anew tell transformers where packed documents begin. Padding lies behind the document, so
+            # a recurrent model need not be told of it: it must not be, or it would take the padding for packed documents.
+            post_norm = self.decoder(
+                input_ids=tokens,
+                position_ids=positions if self.packs_documents else None,
+                use_cache=False,
+            ).last_hidden_state
+        finally:
+            handle.remove()
+        return tapped["pre_norm"] if self.family.tap == "pre_norm" else post_norm
+
+    @torch.no_grad()
+    def target_hidden(self, tapped: Tensor) -> Tensor:
+        """States as the lm_head takes them, from states at the tap: [..., d] -> [..., d]."""
+        return self.decoder.norm(tapped) if self.family.tap == "pre_norm" else tapped

@@ -1,0 +1,124 @@
+"""What differs between the MTP layouts that engines know, as data.
+
+A family fixes the tensor names, the order of the concatenation, which of the backbone's hidden states enters the head and
+how `config.json` announces the head. Everything else is the backbone's own decoder layer.
+"""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Family:
+    """One MTP layout.
+
+    Attributes:
+        name: what configuration files and head directories call it.
+        modeling: transformers module with the decoder layer, norm and rotary classes.
+        class_prefix, rotary_class: names of those classes.
+        prefix: of the head's tensors in a checkpoint.
+        embedding_norm, hidden_norm, projection, final_norm: module names, as in the checkpoint.
+        layer: module path of the decoder layer, as in the checkpoint; None if its parts lie directly under `prefix`.
+        hidden_first: order of the projection's input; embedding first if False.
+        tap: which backbone state enters the head, before or after the backbone's final norm.
+        zeroes_first_embedding: the engine zeroes the embedding of the pair at position 0.
+        announced_by: config.json keys that may hold the number of MTP layers, the one to write first.
+    """
+
+    name: str
+    modeling: str
+    class_prefix: str
+    rotary_class: str
+    prefix: str
+    embedding_norm: str
+    hidden_norm: str
+    projection: str
+    final_norm: str
+    layer: str | None
+    hidden_first: bool
+    tap: Literal["pre_norm", "post_norm"]
+    zeroes_first_embedding: bool
+    announced_by: tuple[str, ...]
+
+    def modeling_class(self, suffix: str) -> Any:
+        """A class of the family's transformers module, e.g. "DecoderLayer"."""
+        name = self.rotary_class if suffix == "RotaryEmbedding" else self.class_prefix + suffix
+        return getattr(importlib.import_module(self.modeling), name)
+
+    def announced_layers(self, config: Any) -> int:
+        """Number of MTP layers that the config announces; 0 if it does not mention any."""
+        return next((n for key in self.announced_by if (n := getattr(config, key, None)) is not None), 0)
+
+
+_QWEN_NAMES: dict[str, Any] = {
+    "prefix": "mtp.",
+    "embedding_norm": "pre_fc_norm_embedding",
+    "hidden_norm": "pre_fc_norm_hidden",
+    "projection": "fc",
+    "final_norm": "norm",
+    "layer": "layers.0",
+    "hidden_first": False,
+    "tap": "post_norm",
+    "zeroes_first_embedding": False,
+}
+
+QWEN3_5 = Family(
+    name="qwen3_5",
+    modeling="transformers.models.qwen3_5.modeling_qwen3_5",
+    class_prefix="Qwen3_5",
+    rotary_class="Qwen3_5TextRotaryEmbedding",
+    announced_by=("mtp_num_hidden_layers", "num_mtp_layers"),
+    **_QWEN_NAMES,
+)
+
+QWEN3_NEXT = Family(
+    name="qwen3_next",
+    modeling="transformers.models.qwen3_next.modeling_qwen3_next",
+    class_prefix="Qwen3Next",
+    rotary_class="Qwen3NextRotaryEmbedding",
+    announced_by=("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
+    **_QWEN_NAMES,
+)
+
+# A head for backbones that were not trained with one. vLLM serves it with a Qwen2 target; a Llama target is stored as one.
+MIMO = Family(
+    name="mimo",
+    modeling="transformers.models.qwen2.modeling_qwen2",
+    class_prefix="Qwen2",
+    rotary_class="Qwen2RotaryEmbedding",
+    prefix="model.mtp_layers.0.",
+    embedding_norm="token_layernorm",
+    hidden_norm="hidden_layernorm",
+    projection="input_proj",
+    final_norm="final_layernorm",
+    layer=None,
+    hidden_first=True,
+    tap="pre_norm",
+    zeroes_first_embedding=True,
+    announced_by=("num_nextn_predict_layers",),
+)
+
+FAMILIES = {family.name: family for family in (QWEN3_5, QWEN3_NEXT, MIMO)}
+
+_BY_MODEL_TYPE = {
+    "qwen2": MIMO,
+    "llama": MIMO,
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_next": QWEN3_NEXT,
+}
+
+
+def family_of(text_config: Any) -> Family:
+    """The layout that engines expect beside a backbone with this (text) config.
+
+    Raises:
+        ValueError: no engine has an MTP layout for this model type.
+    """
+    model_type = text_config.model_type
+    if model_type not in _BY_MODEL_TYPE:
+        reason = " (its MTP path does not exist in unmodified engines)" if model_type == "qwen3" else ""
+        raise ValueError(
+            f"model_type {model_type!r} has no MTP head family here{reason}; supported: {', '.join(_BY_MODEL_TYPE)}"
+        )
+    return _BY_MODEL_TYPE[model_type]
