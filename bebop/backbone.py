@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bebop.errors import InputError
 from bebop.heads.families import Family, family_of
 from bebop.llama_as_qwen2 import qwen2_config
 
@@ -20,29 +21,29 @@ def resolve_checkpoint(name: str) -> Path:
     """Directory of a model given as a directory or hub id, with its config and safetensors checked for completeness.
 
     Raises:
-        ValueError: no such directory or hub model, no config.json, no safetensors, or a damaged or truncated file.
+        InputError: no such directory or hub model, no config.json, no safetensors, or a damaged or truncated file.
     """
     directory = Path(name).expanduser()
     if not directory.is_dir():
         if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
-            raise ValueError(f"model directory {name!r} does not exist (nor is it a hub id of the form owner/name)")
+            raise InputError(f"model directory {name!r} does not exist (nor is it a hub id of the form owner/name)")
         try:
             directory = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
         except Exception as error:
-            raise ValueError(
+            raise InputError(
                 f"model {name!r} is neither a local directory nor could it be fetched from the hub: {_one_line(error)}"
             ) from error
     if not (directory / "config.json").is_file():
-        raise ValueError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
+        raise InputError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
     shards = sorted(directory.glob("*.safetensors"))
     if not shards:
-        raise ValueError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
+        raise InputError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
     for shard in shards:
         try:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{shard} is damaged or truncated ({_one_line(error)}); fetch it again") from error
+            raise InputError(f"{shard} is damaged or truncated ({_one_line(error)}); fetch it again") from error
     return directory
 
 
@@ -72,7 +73,7 @@ class Backbone:
         self.decoder = model.get_decoder()
         layer_types = getattr(self.config, "layer_types", None) or ["full_attention"]
         if "sliding_attention" in layer_types:
-            raise ValueError(f"{directory} uses sliding-window attention, which no MTP head family here supports")
+            raise InputError(f"{directory} uses sliding-window attention, which no MTP head family here supports")
         self.packs_documents = set(layer_types) == {"full_attention"}
 
     @classmethod
@@ -80,13 +81,13 @@ class Backbone:
         """Load from a directory or hub id, in bf16 or fp32.
 
         Raises:
-            ValueError: the model cannot be found or read, or is of a type that has no head family.
+            InputError: the model cannot be found or read, or is of a type that has no head family.
         """
         directory = resolve_checkpoint(name)
         config = AutoConfig.from_pretrained(directory)
         family_of(config.get_text_config())  # refuse before gigabytes are read
         if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
+            raise InputError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         return cls(model.to(device), directory)
 
@@ -119,11 +120,11 @@ class Backbone:
             positions: [B, T] int64, position within the document, 0 for padding.
 
         Raises:
-            ValueError: rows of several documents for a model that cannot keep them apart.
+            InputError: rows of several documents for a model that cannot keep them apart.
         """
         real = documents >= 0
         if not self.packs_documents and bool((real[:, 1:] & (documents[:, 1:] != documents[:, :-1])).any()):
-            raise ValueError(f"a {self.config.model_type} backbone needs one document a row: its state runs on across them")
+            raise InputError(f"a {self.config.model_type} backbone needs one document a row: its state runs on across them")
         tapped = {}
         handle = self.decoder.norm.register_forward_pre_hook(lambda _, inputs: tapped.update(pre_norm=inputs[0]))
         try:

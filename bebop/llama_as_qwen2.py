@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
+from bebop.errors import InputError
+
 _SHARED_KEYS = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
     "max_position_embeddings initializer_range rms_norm_eps tie_word_embeddings rope_parameters attention_dropout "
@@ -19,13 +21,13 @@ def qwen2_config(config: LlamaConfig) -> Qwen2Config:
     """The Qwen2 config of the same architecture.
 
     Raises:
-        ValueError: the model has something Qwen2 cannot express.
+        InputError: the model has something Qwen2 cannot express.
     """
     head_dim = config.hidden_size // config.num_attention_heads
     if config.attention_bias or config.mlp_bias:
-        raise ValueError("this Llama model has attention_bias or mlp_bias; Qwen2 has neither, so it cannot be stored as one")
+        raise InputError("this Llama model has attention_bias or mlp_bias; Qwen2 has neither, so it cannot be stored as one")
     if config.head_dim not in (None, head_dim):
-        raise ValueError(f"head_dim is {config.head_dim}, Qwen2 needs hidden_size / num_attention_heads = {head_dim}")
+        raise InputError(f"head_dim is {config.head_dim}, Qwen2 needs hidden_size / num_attention_heads = {head_dim}")
     return Qwen2Config(architectures=["Qwen2ForCausalLM"], **{key: getattr(config, key) for key in _SHARED_KEYS})
 
 

@@ -8,6 +8,8 @@ import importlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from bebop.errors import InputError
+
 
 @dataclass(frozen=True)
 class Family:
@@ -46,9 +48,10 @@ class Family:
         name = self.rotary_class if suffix == "RotaryEmbedding" else self.class_prefix + suffix
         return getattr(importlib.import_module(self.modeling), name)
 
-    def announced_layers(self, config: Any) -> int:
-        """Number of MTP layers that the config announces; 0 if it does not mention any."""
-        return next((n for key in self.announced_by if (n := getattr(config, key, None)) is not None), 0)
+    def announced_layers(self, config: dict[str, Any]) -> int:
+        """Number of MTP layers that a config.json announces, at its top level or in text_config; 0 if it says nothing."""
+        merged = config | config.get("text_config", {})
+        return next((merged[key] for key in self.announced_by if merged.get(key) is not None), 0)
 
 
 _QWEN_NAMES: dict[str, Any] = {
@@ -113,12 +116,12 @@ def family_of(text_config: Any) -> Family:
     """The layout that engines expect beside a backbone with this (text) config.
 
     Raises:
-        ValueError: no engine has an MTP layout for this model type.
+        InputError: no engine has an MTP layout for this model type.
     """
     model_type = text_config.model_type
     if model_type not in _BY_MODEL_TYPE:
         reason = " (its MTP path does not exist in unmodified engines)" if model_type == "qwen3" else ""
-        raise ValueError(
+        raise InputError(
             f"model_type {model_type!r} has no MTP head family here{reason}; supported: {', '.join(_BY_MODEL_TYPE)}"
         )
     return _BY_MODEL_TYPE[model_type]

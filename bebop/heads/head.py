@@ -68,9 +68,7 @@ class MTPHead(nn.Module):
         )
         return self.get_submodule(family.final_norm)(x)
 
-    def forward(
-        self, hidden: Tensor, embeddings: Tensor, documents: Tensor, positions: Tensor, steps: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, embeddings: Tensor, documents: Tensor, positions: Tensor, steps: int) -> Tensor:
         """K draft steps for all anchors: [B, T, d] states -> [K, B, T, d]. See `unroll`."""
         return unroll(self, hidden, embeddings, documents, positions, steps)
 

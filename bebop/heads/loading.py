@@ -2,14 +2,18 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bebop.backbone import Backbone
+from bebop.errors import InputError
 from bebop.heads.families import Family
 from bebop.heads.head import MTPHead
 
@@ -51,7 +55,7 @@ def _fuse_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for stem, by_number in experts.items():
         ordered = [by_number[n] for n in sorted(by_number)]
         if sorted(by_number) != list(range(len(ordered))) or any(len(parts) != 3 for parts in ordered):
-            raise ValueError(f"{stem}: experts or their gate/up/down parts are missing (found experts {sorted(by_number)})")
+            raise InputError(f"{stem}: experts or their gate/up/down parts are missing (found experts {sorted(by_number)})")
         result[stem + ".gate_up_proj"] = torch.stack([torch.cat([e["gate_proj"], e["up_proj"]]) for e in ordered])
         result[stem + ".down_proj"] = torch.stack([e["down_proj"] for e in ordered])
     return result
@@ -61,7 +65,7 @@ def load_native(head: MTPHead, tensors: Mapping[str, Tensor], source: str) -> No
     """Fill the head from tensors under checkpoint names.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, or of another shape than the config says; names tensor and source.
+        InputError: a tensor is missing, unexpected, or of another shape than the config says; names tensor and source.
     """
     own = {native_name(head.family, name): tensor for name, tensor in head.state_dict().items()}
     given = _fuse_experts(tensors)
@@ -74,7 +78,9 @@ def load_native(head: MTPHead, tensors: Mapping[str, Tensor], source: str) -> No
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-        raise ValueError(f"{source} does not hold a {head.family.name} head for this backbone: " + "; ".join(problems[:3]) + more)
+        raise InputError(
+            f"{source} does not hold a {head.family.name} head for this backbone: " + "; ".join(problems[:3]) + more
+        )
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(given[name])
@@ -99,16 +105,18 @@ def checkpoint_head_tensors(backbone: Backbone) -> dict[str, Tensor]:
     """The head's tensors in the backbone's own checkpoint; empty if it has no head.
 
     Raises:
-        ValueError: config.json and tensors disagree on whether there is a head, or it has more than one layer.
+        InputError: config.json and tensors disagree on whether there is a head, or it has more than one layer.
     """
     family, directory = backbone.family, backbone.directory
-    announced = family.announced_layers(backbone.config)
+    announced = family.announced_layers(json.loads((directory / "config.json").read_text()))
     tensors = read_native_tensors(directory, family.prefix)
     key = family.announced_by[0]
     if announced > 1:
-        raise ValueError(f"{directory}/config.json announces {announced} MTP layers; only 1, re-used for every step, is supported")
+        raise InputError(
+            f"{directory}/config.json announces {announced} MTP layers; only 1, re-used for every step, is supported"
+        )
     if bool(announced) != bool(tensors):
-        raise ValueError(
+        raise InputError(
             f"{directory}: config.json says {key} = {announced}, but the checkpoint has {len(tensors)} tensors named "
             f"{family.prefix}*; restore the tensors or correct {key}"
         )
@@ -140,16 +148,67 @@ def cold_start(head: MTPHead, backbone: Backbone) -> None:
         module.weight.copy_(type(module)(size).weight)
 
 
-def head_for(backbone: Backbone, attention: str = "sdpa") -> tuple[MTPHead, str]:
-    """A head in fp32 on the backbone's device: the checkpoint's own if it has one, else a cold start.
+def head_for(backbone: Backbone, source: str = "auto", attention: str = "sdpa") -> tuple[MTPHead, str]:
+    """A head in fp32 on the backbone's device.
+
+    Args:
+        backbone: the frozen model.
+        source: a head directory of an earlier run, or "auto": the checkpoint's own head if it has one, else a cold start.
+        attention: see `MTPHead`.
 
     Returns:
-        the head, and "checkpoint" or "cold start".
+        the head, and where it comes from: the directory, "checkpoint", or "cold start".
+
+    Raises:
+        InputError: tensors that do not fit this backbone or its config.json.
     """
     head = MTPHead(backbone.head_config, backbone.family, attention)
-    tensors = checkpoint_head_tensors(backbone)
-    if tensors:
+    if source != "auto":
+        tensors, facts = read_head(Path(source))
+        if facts.get("family") != backbone.family.name:
+            raise InputError(f"{source} is a {facts.get('family')} head, the backbone needs {backbone.family.name}")
+        load_native(head, tensors, source)
+        origin = source
+    elif tensors := checkpoint_head_tensors(backbone):
         load_native(head, tensors, str(backbone.directory))
+        origin = "checkpoint"
     else:
         cold_start(head, backbone)
-    return head.to(backbone.device), "checkpoint" if tensors else "cold start"
+        origin = "cold start"
+    return head.to(backbone.device), origin
+
+
+def save_head(head: MTPHead, directory: Path, facts: dict[str, Any]) -> None:
+    """Write head.safetensors (native names, fp32) and head.json (family and `facts`); the directory appears complete."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in native_state_dict(head).items()}
+    save_file(tensors, partial / "head.safetensors", metadata={"format": "pt"})
+    (partial / "head.json").write_text(json.dumps({"family": head.family.name} | facts, indent=2) + "\n")
+    if directory.exists():
+        directory.rename(old := directory.with_name(directory.name + ".old"))
+        partial.rename(directory)
+        shutil.rmtree(old)
+    else:
+        partial.rename(directory)
+
+
+def read_head(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under native names, and facts, of a head directory that `save_head` wrote.
+
+    Raises:
+        InputError: a file is missing or damaged.
+    """
+    for name in ("head.safetensors", "head.json"):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} has no {name}; expected a head directory that a training run wrote")
+    try:
+        tensors = load_file(directory / "head.safetensors")
+    except SafetensorError as error:
+        raise InputError(f"{directory}/head.safetensors is damaged or truncated ({error}); use another checkpoint") from None
+    try:
+        facts = json.loads((directory / "head.json").read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{directory}/head.json is not JSON ({error.msg})") from None
+    return tensors, facts

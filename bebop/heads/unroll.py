@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from bebop.heads.head import MTPHead
 
 
-def unroll(
-    head: "MTPHead", hidden: Tensor, embeddings: Tensor, documents: Tensor, positions: Tensor, steps: int
-) -> Tensor:
+def unroll(head: "MTPHead", hidden: Tensor, embeddings: Tensor, documents: Tensor, positions: Tensor, steps: int) -> Tensor:
     """The head's outputs m_k(t) for every anchor t and step k, teacher-forced on the text's own tokens.
 
     Args:

@@ -80,7 +80,12 @@ def linear_chain_loss(
 
 @torch.no_grad()
 def linear_chain_statistics(
-    draft_hidden: Tensor, target_hidden: Tensor, weight: Tensor, *, statistics: tuple[str, ...] = STATISTICS, **arguments
+    draft_hidden: Tensor,
+    target_hidden: Tensor,
+    weight: Tensor,
+    *,
+    statistics: tuple[str, ...] = STATISTICS,
+    **arguments,
 ) -> ChainStats:
     """Chain statistics [K, N] alone, at K+1 lm_head products. Arguments as for `linear_chain_loss`."""
     return linear_chain_loss(
@@ -159,8 +164,14 @@ def _run(draft, target, weight, chains, objective, statistics, temperature, chun
                 local["kl"][here] = row_passes.kl_divergence(z, t, step.target, lse_z, lse_t)
             if entropy_t is not None:
                 local["target_entropy"][here] = entropy_t[step.target]
-            if "alpha_target_only" in local:
-                local["alpha_target_only"][here] = (t[step.target, z.argmax(-1)] - lse_t[step.target]).exp()
+            if "alpha_target_only" in local or "target_only_hit" in local:
+                top = z.argmax(-1)
+                greedy = {
+                    "alpha_target_only": (t[step.target, top] - lse_t[step.target]).exp(),
+                    "target_only_hit": (top == step.tokens).to(accumulate),
+                }
+                for name in greedy.keys() & local.keys():
+                    local[name][here] = greedy[name]
         for name, value in local.items():
             result[name][:, chunk.anchors] = value
 

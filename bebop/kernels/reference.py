@@ -39,7 +39,8 @@ def chain_statistics(
     # 0 log 0 = 0: a token the target never emits does not count, whatever the draft says.
     kl = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
-    target_only = p.gather(-1, draft_logits.detach().argmax(-1, keepdim=True)).squeeze(-1)
+    top = draft_logits.detach().argmax(-1)
+    target_only = p.gather(-1, top.unsqueeze(-1)).squeeze(-1)
 
     def at(log_probs: Tensor) -> Tensor | None:
         return None if tokens is None else log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -55,4 +56,5 @@ def chain_statistics(
         kl=masked(kl),
         target_entropy=masked(entropy),
         alpha_target_only=masked(target_only),
+        target_only_hit=masked(None if tokens is None else (top == tokens).to(p.dtype)),
     )

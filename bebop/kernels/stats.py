@@ -6,7 +6,7 @@ from torch import Tensor
 
 # What the op can compute per (step, chain) pair. The first group carries gradient to the draft.
 DIFFERENTIABLE = ("alpha", "kl", "log_q")
-STATISTICS = (*DIFFERENTIABLE, "log_p", "target_entropy", "alpha_target_only")
+STATISTICS = (*DIFFERENTIABLE, "log_p", "target_entropy", "alpha_target_only", "target_only_hit")
 
 
 @dataclass
@@ -23,6 +23,7 @@ class ChainStats:
         kl: KL(p, q), in nats; None unless asked for.
         target_entropy: entropy of p, in nats; None unless asked for.
         alpha_target_only: p(argmax q), acceptance of greedy drafts (Eq. 1); None unless asked for.
+        target_only_hit: 1 where x = argmax q, else 0; None unless asked for.
     """
 
     valid: Tensor
@@ -32,6 +33,7 @@ class ChainStats:
     kl: Tensor | None = None
     target_entropy: Tensor | None = None
     alpha_target_only: Tensor | None = None
+    target_only_hit: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
         """The statistics that were computed, by name."""

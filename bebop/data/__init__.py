@@ -1,0 +1,1 @@
+"""Rollouts: the file format, sampling them from the backbone, and batching them."""

@@ -1,0 +1,157 @@
+"""Acceptance of a head on held-out rollouts, from the same chain statistics as training, without gradients."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bebop.backbone import Backbone
+from bebop.data.batches import make_batch, plan_micro_batches
+from bebop.data.rollouts import Rollout
+from bebop.data.states import StateCache
+from bebop.errors import InputError
+from bebop.heads.draft import draft
+from bebop.heads.head import MTPHead
+from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_statistics
+from bebop.kernels.stats import ChainStats
+
+
+@dataclass
+class Acceptance:
+    """What a head's drafts are worth, per draft step j = 1..K.
+
+    Attributes:
+        chains: chains with a first draft.
+        alpha: mean acceptance probability of step j under rejection sampling.
+        cumulative: mean of prod_{i<=j} alpha_i (Eq. 12 of arXiv 2606.12370), along the text.
+        realised: mean of [prod_{i<j} min(1, q_i(x_i)/p_i(x_i))] alpha_j: on text sampled from the target at this
+            temperature an unbiased estimate of the probability that drafts 1..j are all accepted; `cumulative` is not one
+            where acceptance at one step goes with acceptance at the next (derived in docs/theory.md).
+        alpha_target_only: mean p(argmax q), acceptance of greedy drafts (Eq. 1).
+        realised_target_only: as `realised`, for greedy drafts: [prod_{i<j} 1(x_i = argmax q_i)] p(argmax q_j).
+        kl: mean KL(p, q), nats.
+        target_entropy: mean entropy of the target over all judged tokens, nats.
+    """
+
+    chains: int
+    alpha: list[float]
+    cumulative: list[float]
+    realised: list[float]
+    alpha_target_only: list[float]
+    realised_target_only: list[float]
+    kl: list[float]
+    target_entropy: float
+
+    @property
+    def accept_length(self) -> float:
+        """Expected tokens per target pass under rejection sampling, the bonus token included (realised estimate)."""
+        return 1.0 + sum(self.realised)
+
+    @property
+    def accept_length_target_only(self) -> float:
+        """The same for greedy drafts."""
+        return 1.0 + sum(self.realised_target_only)
+
+    @property
+    def accept_length_eq13(self) -> float:
+        """1 + sum_j prod_{i<=j} alpha_i, what the end-to-end TV loss of Eq. 13 maximises."""
+        return 1.0 + sum(self.cumulative)
+
+
+def pair_values(stats: ChainStats) -> dict[str, Tensor]:
+    """What is averaged over valid pairs for each step: tensors [K, N] under the names of `Acceptance`."""
+    # Where a pair is not valid log q = log p = 0, which would read as certain acceptance; those pairs are masked later.
+    accepts = (stats.log_q - stats.log_p).clamp(max=0).exp()
+    reached = torch.cat([torch.ones_like(accepts[:1]), accepts[:-1]]).cumprod(0)
+    values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": reached * stats.alpha}
+    if stats.alpha_target_only is not None and stats.target_only_hit is not None:
+        hit = stats.target_only_hit
+        reached = torch.cat([torch.ones_like(hit[:1]), hit[:-1]]).cumprod(0)
+        values["alpha_target_only"] = stats.alpha_target_only
+        values["realised_target_only"] = reached * stats.alpha_target_only
+    if stats.kl is not None:
+        values["kl"] = stats.kl
+    if stats.target_entropy is not None:
+        values["target_entropy"] = stats.target_entropy
+    return values
+
+
+def summarise(batches: Iterable[ChainStats]) -> Acceptance:
+    """Acceptance over all chains of all batches.
+
+    Raises:
+        InputError: no valid pair at all, or none at some step.
+    """
+    sums: dict[str, Tensor] = {}
+    count: Tensor | None = None
+    for stats in batches:
+        here = stats.valid.sum(1).double().cpu()
+        count = here if count is None else count + here
+        for name, value in pair_values(stats).items():
+            total = torch.where(stats.valid, value.double(), 0.0).sum(1).cpu()
+            sums[name] = sums.get(name, torch.zeros_like(total)) + total
+    if count is None or bool((count == 0).any()):
+        raise InputError(
+            "the held-out rollouts have no response long enough for every draft step; hold out more or lower draft_steps"
+        )
+    means = {name: (total / count).tolist() for name, total in sums.items() if name != "target_entropy"}
+    return Acceptance(chains=int(count[0]), target_entropy=(sums["target_entropy"].sum() / count.sum()).item(), **means)
+
+
+@torch.no_grad()
+def evaluate(
+    head: MTPHead,
+    backbone: Backbone,
+    rollouts: Sequence[Rollout],
+    *,
+    steps: int,
+    temperature: float,
+    compute_dtype: torch.dtype,
+    tokens_per_micro_batch: int = 4096,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    states: StateCache | None = None,
+) -> Acceptance:
+    """Acceptance of the head's drafts on the backbone's own rollouts, at K+1 lm_head products a chain.
+
+    Args:
+        head, backbone: the pair that is to serve.
+        rollouts: sampled from this backbone, at `temperature` if `realised` is to be unbiased.
+        steps: K.
+        temperature: of target and draft.
+        compute_dtype: bf16 or fp32, of the head.
+        tokens_per_micro_batch, chunk_bytes: what is in memory at once.
+        states: the backbone's states of these rollouts, if they are at hand.
+    """
+    plan = plan_micro_batches([len(r) for r in rollouts], tokens_per_micro_batch, backbone.packs_documents)
+
+    def batches() -> Iterator[ChainStats]:
+        for rows in plan:
+            batch = make_batch(rows, rollouts).to(backbone.device)
+            hidden, target, targets = draft(
+                head,
+                backbone,
+                states.hidden_states(batch)
+                if states
+                else backbone.hidden_states(batch.tokens, batch.documents, batch.positions),
+                tokens=batch.tokens,
+                documents=batch.documents,
+                positions=batch.positions,
+                supervised=batch.supervised,
+                steps=steps,
+                compute_dtype=compute_dtype,
+            )
+            yield linear_chain_statistics(
+                hidden,
+                target,
+                backbone.lm_head_weight,
+                **targets._asdict(),
+                temperature=temperature,
+                chunk_bytes=chunk_bytes,
+            )
+
+    head.eval()
+    try:
+        return summarise(batches())
+    finally:
+        head.train()

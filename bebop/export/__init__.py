@@ -1,0 +1,1 @@
+"""Directories that engines load, and the commands that serve them."""

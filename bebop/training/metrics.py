@@ -1,0 +1,59 @@
+"""Metrics of a run: JSON lines on disk, and a tracker if one is configured."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from bebop.evaluation.acceptance import Acceptance
+from bebop.training.config import TrainConfig
+
+
+class Metrics:
+    """Writes metrics.jsonl, a record a step or evaluation, and passes numbers on to accelerate's tracker.
+
+    Training records hold loss, accept_length and alpha (realised estimate and per-step acceptance on the training batch),
+    grad_norm, learning_rate, chains, tokens_per_second and seconds by part; evaluation records an `Acceptance`.
+    """
+
+    def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig):
+        self.accelerator = accelerator
+        self.path = run / "metrics.jsonl"
+        if accelerator.log_with:
+            accelerator.init_trackers("bebop", config=asdict(config))
+
+    def truncate(self, step: int) -> None:
+        """Forget what was logged after the step that a run resumes from."""
+        if self.accelerator.is_main_process and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+            partial = self.path.with_name(self.path.name + ".partial")
+            partial.write_text("".join(kept))
+            partial.rename(self.path)
+
+    def training(self, step: int, values: dict[str, Any]) -> None:
+        self._write({"step": step, "kind": "training"} | values)
+
+    def evaluation(self, step: int, acceptance: Acceptance) -> None:
+        values = asdict(acceptance) | {
+            "accept_length": acceptance.accept_length,
+            "accept_length_target_only": acceptance.accept_length_target_only,
+            "accept_length_eq13": acceptance.accept_length_eq13,
+        }
+        self._write({"step": step, "kind": "evaluation"} | values)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        flat: dict[str, float] = {}
+        for name, value in record.items():
+            if isinstance(value, list):
+                flat |= {f"{record['kind']}/{name}_{k}": x for k, x in enumerate(value, start=1)}
+            elif isinstance(value, int | float) and name != "step":
+                flat[f"{record['kind']}/{name}"] = value
+        self.accelerator.log(flat, step=record["step"])
+
+    def close(self) -> None:
+        self.accelerator.end_training()

@@ -1,0 +1,347 @@
+"""The training run: attach a head to a frozen backbone, measure, train, measure again, and leave a report."""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+from bebop.backbone import Backbone
+from bebop.data.batches import make_batch
+from bebop.data.rollouts import Rollout, check_rollouts, read_rollouts, split_held_out
+from bebop.data.schedule import schedule
+from bebop.data.states import StateCache
+from bebop.errors import InputError
+from bebop.evaluation.acceptance import Acceptance, evaluate, pair_values
+from bebop.evaluation.report import write_report
+from bebop.heads.draft import draft
+from bebop.heads.head import MTPHead
+from bebop.heads.loading import head_for, save_head
+from bebop.heads.targets import chain_targets
+from bebop.losses import LOSSES, ChainLoss
+from bebop.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from bebop.training.config import TrainConfig
+from bebop.training.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32 ones on this device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def train(config: TrainConfig) -> None:
+    """Run a configuration from start to report. Everything that can be refused is refused before the first step.
+
+    Raises:
+        InputError: a model, rollout file, head or key that does not fit; says which, and what to do.
+    """
+    accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.output)
+    _use_all_cores(accelerator)
+    set_seed(config.seed)
+    _Run(config, accelerator).go()
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """`accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which halves a run on two cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() < cores:
+        torch.set_num_threads(cores)
+
+
+@dataclass
+class _Data:
+    train: list[Rollout]
+    held_out: list[Rollout]
+    train_states: StateCache | None = None
+    held_out_states: StateCache | None = None
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        self.output = Path(config.output)
+        device = accelerator.device
+        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and native_bf16(device))
+        self.dtype = torch.bfloat16 if bf16 else torch.float32
+        self.resume_from = find_checkpoint(self.output, config.resume) if config.resume else None
+        if self.resume_from is None and self.output.exists() and any(self.output.iterdir()):
+            raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
+
+        header, rollouts = read_rollouts(Path(config.rollouts))
+        self.backbone = Backbone.load(config.backbone, self.dtype, device)
+        check_rollouts(
+            Path(config.rollouts),
+            header,
+            rollouts,
+            vocab_size=self.backbone.lm_head_weight.shape[0],
+            tokenizer=AutoTokenizer.from_pretrained(self.backbone.directory),
+            max_length=min(config.max_length or self.backbone.max_length, self.backbone.max_length),
+        )
+        if header.temperature != config.temperature:
+            logger.warning(
+                "rollouts were sampled at temperature %s and are scored at %s: the realised estimates are biased",
+                header.temperature,
+                config.temperature,
+            )
+        self.data = _Data(*split_held_out(rollouts, config.held_out_share))
+        for side, documents in (("training", self.data.train), ("held-out", self.data.held_out)):
+            if not documents:
+                raise InputError(
+                    f"{config.rollouts}: of {len(rollouts)} rollouts none is {side} at held_out_share "
+                    f"{config.held_out_share}; sample more rollouts or change the share"
+                )
+        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+        self.head, self.origin = head_for(self.backbone, config.head, attention)
+        self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
+        self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
+        self.interrupted = False
+
+    def _loss(self, name: str) -> ChainLoss:
+        return LOSSES[name](temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
+
+    def go(self) -> None:
+        config, accelerator = self.config, self.accelerator
+        steps = self._steps()
+        first = next(steps)  # refuses data that do not fill a step, before anything is written
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(config.as_yaml())
+        self._log(
+            f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, head from {self.origin}, "
+            f"{len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
+        )
+        if config.cache_states:
+            self._cache_states()
+
+        matrices = [p for p in self.head.parameters() if p.ndim > 1]
+        vectors = [p for p in self.head.parameters() if p.ndim <= 1]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+        )
+        # accelerate advances the scheduler once a process at every step.
+        processes = accelerator.num_processes
+        scheduler = get_scheduler(
+            _SCHEDULERS[config.decay],
+            optimizer,
+            num_warmup_steps=round(config.warmup_share * config.max_steps) * processes,
+            num_training_steps=config.max_steps * processes,
+        )
+        model, optimizer, scheduler = accelerator.prepare(self.head, optimizer, scheduler)
+
+        metrics = Metrics(accelerator, self.output, config)
+        start = 0
+        if self.resume_from is not None:
+            start = load_checkpoint(accelerator, self.resume_from)
+            self._log(f"resumed after step {start} from {self.resume_from}")
+            metrics.truncate(start)
+        else:
+            metrics.evaluation(0, self._evaluate())
+
+        with (
+            self._stop_on_signal(),
+            tqdm(total=config.max_steps, initial=start, desc="training", disable=not accelerator.is_main_process) as bar,
+        ):
+            step = 0
+            micro_batches = first
+            while step < config.max_steps and not self.interrupted:
+                if step >= start:
+                    objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
+                    values = self._optimiser_step(step, micro_batches, self.losses[objective], model, optimizer, scheduler)
+                    metrics.training(step + 1, {"objective": objective} | values)
+                    bar.set_postfix_str(
+                        f"{objective} {values['loss']:.4f}, accept length {values['accept_length']:.3f}, "
+                        f"{values['tokens_per_second']:.0f} tok/s"
+                    )
+                    bar.update()
+                    last = step + 1 == config.max_steps
+                    if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
+                        metrics.evaluation(step + 1, self._evaluate())
+                    if (step + 1) % config.save_every == 0 or last:
+                        save_checkpoint(accelerator, self.output, step + 1, config.keep_checkpoints)
+                step += 1
+                micro_batches = next(steps)
+        if self.interrupted:
+            saved = save_checkpoint(accelerator, self.output, step, config.keep_checkpoints)
+            self._log(f"stopped after step {step}; go on with --resume auto (checkpoint {saved})")
+            raise SystemExit(130 if self.interrupted == signal.SIGINT else 0)
+
+        metrics.evaluation(config.max_steps, self._evaluate())
+        metrics.close()
+        if accelerator.is_main_process:
+            facts = {
+                "backbone": config.backbone,
+                "draft_steps": config.draft_steps,
+                "temperature": config.temperature,
+                "loss": config.loss,
+                "steps": config.max_steps,
+            }
+            save_head(accelerator.unwrap_model(model), self.output / "head", facts)
+            write_report(self.output)
+        accelerator.wait_for_everyone()
+
+    def _steps(self) -> Iterator[list[list[list[int]]]]:
+        return schedule(
+            [len(r) for r in self.data.train],
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+            pack=self.backbone.packs_documents,
+            accumulate=self.config.accumulate,
+            processes=self.accelerator.num_processes,
+            process=self.accelerator.process_index,
+            seed=self.config.seed,
+        )
+
+    def _cache_states(self) -> None:
+        data = self.data
+        size = sum(StateCache.size_in_bytes(self.backbone, part) for part in (data.train, data.held_out))
+        self._log(f"computing backbone states once, {size / 2**20:.0f} MiB")
+        show = self.accelerator.is_main_process
+        data.train_states = StateCache(self.backbone, data.train, "training states" if show else None)
+        data.held_out_states = StateCache(self.backbone, data.held_out, "held-out states" if show else None)
+
+    def _optimiser_step(
+        self, step: int, micro_batches: list, loss_fn: ChainLoss, model: Any, optimizer: Any, scheduler: Any
+    ) -> dict[str, Any]:
+        accelerator, config = self.accelerator, self.config
+        started = time.perf_counter()
+        clock = _Clock(accelerator.device)
+        batches = [make_batch(rows, self.data.train).to(accelerator.device) for rows in micro_batches]
+        # One normaliser for the whole step: valid pairs of all micro-batches of all processes.
+        pairs = sum(chain_targets(b.tokens, b.documents, b.supervised, config.draft_steps).valid.sum() for b in batches)
+        normaliser = accelerator.reduce(torch.as_tensor(pairs, dtype=torch.float64), "sum").clamp(min=1)
+
+        total_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        sums: dict[str, torch.Tensor] = {}
+        for number, batch in enumerate(batches):
+            with clock("backbone"):
+                tapped = (
+                    self.data.train_states.hidden_states(batch)
+                    if self.data.train_states
+                    else self.backbone.hidden_states(batch.tokens, batch.documents, batch.positions)
+                )
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else accelerator.no_sync(model):
+                with clock("head"):
+                    hidden, target, targets = draft(
+                        model,
+                        self.backbone,
+                        tapped,
+                        tokens=batch.tokens,
+                        documents=batch.documents,
+                        positions=batch.positions,
+                        supervised=batch.supervised,
+                        steps=config.draft_steps,
+                        compute_dtype=self.dtype,
+                    )
+                with clock("loss"):
+                    loss, stats = loss_fn(
+                        hidden, target, self.backbone.lm_head_weight, **targets._asdict(), normaliser=normaliser
+                    )
+                with clock("head"):
+                    # Data parallelism averages gradients over processes; the normaliser already spans them.
+                    accelerator.backward(loss * accelerator.num_processes)
+            total_loss += loss.detach()
+            for name, value in pair_values(stats).items():
+                sums[name] = sums.get(name, 0) + torch.where(stats.valid, value.double(), 0.0).sum(1)
+            sums["pairs"] = sums.get("pairs", 0) + stats.valid.sum(1).double()
+
+        with clock("optimiser"):
+            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            norm = float(norm)
+            if not torch.isfinite(torch.tensor([norm, float(total_loss)])).all():
+                raise RuntimeError(f"loss {float(total_loss)} or gradient norm {norm} is not finite at step {step + 1}")
+            if norm == 0.0 and step == 0:
+                raise RuntimeError("the first step has no gradient at all; the head would never train")
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+        sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
+        realised = sums["realised"] / sums["pairs"].clamp(min=1)
+        tokens = sum(int((b.documents >= 0).sum()) for b in batches) * accelerator.num_processes
+        seconds = time.perf_counter() - started
+        return {
+            "loss": float(accelerator.reduce(total_loss, "sum")),
+            "accept_length": 1.0 + float(realised.sum()),
+            "alpha": (sums["alpha"] / sums["pairs"].clamp(min=1)).tolist(),
+            "grad_norm": norm,
+            "learning_rate": scheduler.get_last_lr()[0],
+            "chains": int(sums["pairs"][0]),
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            **{f"seconds_{part}": spent for part, spent in clock.spent.items()},
+        }
+
+    def _evaluate(self) -> Acceptance:
+        """On the main process; the held-out set is small, and the others wait at the next collective."""
+        head = self.accelerator.unwrap_model(self.head)
+        assert isinstance(head, MTPHead)
+        return evaluate(
+            head,
+            self.backbone,
+            self.data.held_out,
+            steps=self.config.draft_steps,
+            temperature=self.config.temperature,
+            compute_dtype=self.dtype,
+            tokens_per_micro_batch=self.config.tokens_per_micro_batch,
+            chunk_bytes=self.config.chunk_mib * 2**20,
+            states=self.data.held_out_states,
+        )
+
+    def _log(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM ends the run after the current step, with a checkpoint; the second at once."""
+
+        def stop(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = number
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _Clock:
+    """Seconds spent in the named parts of a step."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        self._wait()
+        started = time.perf_counter()
+        yield
+        self._wait()
+        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

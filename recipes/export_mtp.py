@@ -1,0 +1,29 @@
+"""Write an engine-ready directory: python recipes/export_mtp.py --head RUN/head --target MODEL --output DIRECTORY."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from bebop.errors import InputError
+from bebop.export.serving import vllm_command
+from bebop.export.writer import export_head
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--head", required=True, type=Path, help="head directory of a training run")
+    parser.add_argument("--target", required=True, help="directory or hub id of the model the head was trained for")
+    parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist")
+    arguments = parser.parse_args()
+    try:
+        facts = export_head(arguments.head, arguments.target, arguments.output)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(f"wrote {arguments.output}; serve it with\n\n    {vllm_command(str(arguments.output), facts['draft_steps'])}\n")
+    print(f"and sample at temperature {facts['temperature']}, which the head was trained for")
+
+
+if __name__ == "__main__":
+    main()
