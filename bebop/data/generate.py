@@ -90,7 +90,7 @@ def _write_dialogues(
         texts = torch.cat([texts, tokens.unsqueeze(1)], dim=1)
         alive = ~dialogues.done[running]
         if alive.sum() <= 0.9 * len(running):  # dropping rows copies the cache: not for every one
-            cache.reorder_cache(alive.nonzero().squeeze(1))
+            cache.reorder_cache(alive.nonzero().squeeze(1))  # type: ignore[arg-type]
             running = running[alive]
         inputs = tokens[running].unsqueeze(1)
         progress(torch.where(dialogues.done, dialogues.answering, dialogues.response_tokens / most[1]).sum().item())

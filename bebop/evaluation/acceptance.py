@@ -65,16 +65,12 @@ def pair_values(stats: ChainStats) -> dict[str, Tensor]:
     accepts = (stats.log_q - stats.log_p).clamp(max=0).exp()
     reached = torch.cat([torch.ones_like(accepts[:1]), accepts[:-1]]).cumprod(0)
     values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": reached * stats.alpha}
-    if stats.alpha_target_only is not None and stats.target_only_hit is not None:
+    if "target_only_hit" in stats.values:
         hit = stats.target_only_hit
         reached = torch.cat([torch.ones_like(hit[:1]), hit[:-1]]).cumprod(0)
         values["alpha_target_only"] = stats.alpha_target_only
         values["realised_target_only"] = reached * stats.alpha_target_only
-    if stats.kl is not None:
-        values["kl"] = stats.kl
-    if stats.target_entropy is not None:
-        values["target_entropy"] = stats.target_entropy
-    return values
+    return values | {name: stats.values[name] for name in ("kl", "target_entropy") if name in stats.values}
 
 
 def summarise(batches: Iterable[ChainStats]) -> Acceptance:

@@ -41,10 +41,9 @@ class MTPHead(nn.Module):
         self.add_module(family.final_norm, norm(size, eps=eps))
         self.rotary_emb = family.modeling_class("RotaryEmbedding")(config=self.config)
 
-    @property
-    def layer(self) -> nn.Module:
-        """The decoder layer."""
-        return self.get_submodule(self.family.layer or "mtp_block")
+    def part(self, name: str | None) -> Any:
+        """A submodule by its name in the family; None is the decoder layer of a family that has no name for it."""
+        return self.get_submodule(name or "mtp_block")
 
     def step(self, hidden: Tensor, embedding: Tensor, positions: Tensor, mask: Any, cache: Any) -> Tensor:
         """One draft step: states [B, T, d] and next-token embeddings [B, T, d] -> m [B, T, d], keys and values cached.
@@ -54,11 +53,11 @@ class MTPHead(nn.Module):
         family = self.family
         if family.zeroes_first_embedding:
             embedding = embedding.masked_fill((positions == 0).unsqueeze(-1), 0.0)
-        embedding = self.get_submodule(family.embedding_norm)(embedding)
-        hidden = self.get_submodule(family.hidden_norm)(hidden)
+        embedding = self.part(family.embedding_norm)(embedding)
+        hidden = self.part(family.hidden_norm)(hidden)
         pair = (hidden, embedding) if family.hidden_first else (embedding, hidden)
-        x = self.get_submodule(family.projection)(torch.cat(pair, dim=-1))
-        x = self.layer(
+        x = self.part(family.projection)(torch.cat(pair, dim=-1))
+        x = self.part(family.layer)(
             x,
             attention_mask=mask,
             position_ids=positions,
@@ -66,7 +65,7 @@ class MTPHead(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        return self.get_submodule(family.final_norm)(x)
+        return self.part(family.final_norm)(x)
 
     def forward(self, hidden: Tensor, embeddings: Tensor, documents: Tensor, positions: Tensor, steps: int) -> Tensor:
         """K draft steps for all anchors: [B, T, d] states -> [K, B, T, d]. See `unroll`."""

@@ -42,19 +42,9 @@ def chain_statistics(
     top = draft_logits.detach().argmax(-1)
     target_only = p.gather(-1, top.unsqueeze(-1)).squeeze(-1)
 
-    def at(log_probs: Tensor) -> Tensor | None:
-        return None if tokens is None else log_probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-    def masked(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(valid, x, 0.0)
-
-    return ChainStats(
-        valid=valid,
-        alpha=masked(alpha),
-        log_q=masked(at(log_q)),
-        log_p=masked(at(log_p)),
-        kl=masked(kl),
-        target_entropy=masked(entropy),
-        alpha_target_only=masked(target_only),
-        target_only_hit=masked(None if tokens is None else (top == tokens).to(p.dtype)),
-    )
+    values = {"alpha": alpha, "kl": kl, "target_entropy": entropy, "alpha_target_only": target_only}
+    if tokens is not None:
+        at = tokens.unsqueeze(-1)
+        values |= {"log_q": log_q.gather(-1, at).squeeze(-1), "log_p": log_p.gather(-1, at).squeeze(-1)}
+        values["target_only_hit"] = (top == tokens).to(p.dtype)
+    return ChainStats(valid, **{name: torch.where(valid, value, 0.0) for name, value in values.items()})

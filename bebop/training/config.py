@@ -1,6 +1,7 @@
 """The configuration of a training run: one dataclass, filled from YAML, overridden on the command line."""
 
 import difflib
+import importlib.util
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -77,6 +78,8 @@ class TrainConfig:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise InputError(f"{key} is {getattr(self, key)!r}, expected one of {', '.join(known)}")
+        if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
+            raise InputError(f"tracker is {self.tracker!r}, which is not installed; pip install 'bebop-mtp[{self.tracker}]'")
         at_least = {
             "draft_steps": 1, "max_steps": 1, "cold_start_steps": 0, "tokens_per_micro_batch": 1, "accumulate": 1,
             "max_length": 0, "chunk_mib": 1, "evaluate_every": 0, "save_every": 1, "keep_checkpoints": 1, "weight_decay": 0,
@@ -103,7 +106,7 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     Raises:
         InputError: an unknown key (with the nearest known one), a value of the wrong type, or one that `check` refuses.
     """
-    parser = HfArgumentParser(TrainConfig, exit_on_error=False, allow_abbrev=False)
+    parser = HfArgumentParser(TrainConfig, exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with any of the keys below.")
     arguments = sys.argv[1:] if arguments is None else arguments
     known, _ = parser.parse_known_args([a for a in arguments if a in ("-h", "--help")] or _config_option(arguments))
@@ -139,7 +142,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
-    types = {f.name: f.type for f in fields(TrainConfig)}
+    types: dict[str, Any] = {f.name: f.type for f in fields(TrainConfig)}
     for key, value in values.items():
         if key not in types:
             raise InputError(f"{path}: unknown key {key!r}{_nearest(str(key))}")

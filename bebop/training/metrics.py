@@ -22,7 +22,7 @@ class Metrics:
         self.accelerator = accelerator
         self.path = run / "metrics.jsonl"
         if accelerator.log_with:
-            accelerator.init_trackers("bebop", config=asdict(config))
+            accelerator.init_trackers("bebop", config=asdict(config), init_kwargs={"wandb": {"dir": str(run)}})
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after the step that a run resumes from."""

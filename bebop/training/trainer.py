@@ -42,7 +42,7 @@ def native_bf16(device: torch.device) -> bool:
     """Whether bf16 products are faster than fp32 ones on this device."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
@@ -112,7 +112,7 @@ class _Run:
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
         self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
-        self.interrupted = False
+        self.interrupted = 0  # number of the signal that asked to stop
 
     def _loss(self, name: str) -> ChainLoss:
         return LOSSES[name](temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
@@ -124,8 +124,8 @@ class _Run:
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.yaml").write_text(config.as_yaml())
         self._log(
-            f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, head from {self.origin}, "
-            f"{len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
+            f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, "
+            f"head from {self.origin}, {len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
         )
         if config.cache_states:
             self._cache_states()
@@ -291,7 +291,7 @@ class _Run:
         }
 
     def _evaluate(self) -> Acceptance:
-        """On the main process; the held-out set is small, and the others wait at the next collective."""
+        """Every process does the same: the held-out set is small, and nobody has to wait for the result."""
         head = self.accelerator.unwrap_model(self.head)
         assert isinstance(head, MTPHead)
         return evaluate(

@@ -102,7 +102,7 @@ def _with_family(head, family, step, *arguments):
 
 def _before_final_norm(head, step, *arguments):
     caught = []
-    handle = head.get_submodule(head.family.final_norm).register_forward_pre_hook(lambda _, x: caught.append(x[0]))
+    handle = head.part(head.family.final_norm).register_forward_pre_hook(lambda _, x: caught.append(x[0]))
     step(head, *arguments)
     handle.remove()
     return caught[0]

@@ -1,0 +1,225 @@
+import pytest
+import torch
+
+from bebop.kernels import STATISTICS, linear_chain_loss, linear_chain_statistics
+from bebop.losses import LOSSES, E2ETVLoss
+from tests.chains import Chains, make_chains, oracle_gradient
+
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """Each case compiles its own graphs: after a few, torch.compile would fall back to eager and hide the compiled pass."""
+    torch.compiler.reset()
+
+
+def run(chains: Chains, name: str = "e2e_tv", **options):
+    """Loss, gradient and statistics of the fused op."""
+    draft = chains.draft_hidden.detach().clone().requires_grad_()
+    loss_fn = LOSSES[name](**options)
+    loss, stats = loss_fn(draft, chains.target_hidden, chains.weight, **chains.indices)
+    loss.backward()
+    return loss.detach(), draft.grad, stats
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_loss_and_gradient_equal_the_oracle(name, dtype):
+    chains = make_chains(dtype=dtype, vocabulary=4099, anchors=70)
+    loss, gradient, _ = run(chains, name, temperature=0.7, chunk_bytes=4099 * 4 * 4 * 30)
+    expected_loss, expected_gradient = oracle_gradient(chains, LOSSES[name], temperature=0.7)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
+    assert abs(loss - expected_loss) < max(tolerance * 1e-2, 1e-12) * max(1, abs(expected_loss))
+    assert gradient.dtype == dtype
+    assert relative_error(gradient, expected_gradient) < tolerance
+    assert not gradient[~chains.valid].any(), "masked pairs, NaN inside, have zero gradient"
+
+
+@every_loss
+def test_gradcheck(name):
+    chains = make_chains(dtype=torch.float64, anchors=5, vocabulary=23, size=4)
+    chains.draft_hidden[~chains.valid] = 0.0
+    loss_fn = LOSSES[name]()
+
+    def function(draft):
+        return loss_fn(draft, chains.target_hidden, chains.weight, **chains.indices).loss
+
+    if name == "lk_hybrid":  # its mixing weight is not differentiated, so finite differences do not apply
+        expected = oracle_gradient(chains, LOSSES[name])[1]
+        assert relative_error(run(chains, name)[1], expected) < 1e-12
+    else:
+        torch.autograd.gradcheck(function, chains.draft_hidden.requires_grad_())
+
+
+@pytest.mark.parametrize("vocabulary", [257, 49_152, 151_936, 248_320])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_real_vocabularies(vocabulary, steps):
+    chains = make_chains(steps=steps, anchors=9, vocabulary=vocabulary)
+    loss, gradient, _ = run(chains)
+    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss)
+    assert abs(loss - expected_loss) < 3e-6
+    assert relative_error(gradient, expected_gradient) < 3e-5
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+@pytest.mark.parametrize("anchors_per_chunk", [1, 7, 64, 1000])
+def test_result_does_not_depend_on_the_chunks(steps, anchors_per_chunk):
+    chains = make_chains(steps=steps, anchors=150, vocabulary=101, dtype=torch.float64)
+    loss, gradient, stats = run(chains, chunk_bytes=101 * 8 * (steps + 1) * anchors_per_chunk)
+    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert stats.alpha.shape == (steps, 150)
+
+
+def test_all_statistics_equal_the_oracle():
+    chains = make_chains(vocabulary=4099)
+    found = linear_chain_statistics(chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices)
+    safe = make_chains(vocabulary=4099)
+    safe.target_rows.masked_fill_(~safe.valid, 0)
+    safe.tokens.masked_fill_(~safe.valid, 0)
+    expected = safe.oracle()
+    assert found.values.keys() == set(STATISTICS)
+    for name, value in found.values.items():
+        torch.testing.assert_close(value.double(), expected.values[name], atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_nothing_valid_gives_zero_connected_to_the_graph():
+    chains = make_chains()
+    chains.valid[:] = False
+    loss, gradient, _ = run(chains)
+    assert loss == 0
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_identical_draft_and_target_are_accepted_and_have_no_gradient():
+    """Ties are broken by strict "<" on both sides alike, so equal logits give exactly nothing, not rounding noise."""
+    chains = make_chains(noise=0.0, dtype=torch.float64, vocabulary=4099)
+    loss, gradient, stats = run(chains)
+    assert abs(loss) < 1e-12
+    assert gradient.abs().max() < 1e-12
+    torch.testing.assert_close(stats.alpha[chains.valid], torch.ones_like(stats.alpha[chains.valid]))
+
+
+def test_extreme_logits():
+    """One-hot rows and impossible tokens: finite numbers, and alpha at its ends."""
+    size = 8
+    weight = 300.0 * torch.eye(size)
+    target_hidden = torch.eye(size)[:3]
+    draft_hidden = torch.stack([torch.eye(size)[0], torch.eye(size)[5]]).unsqueeze(0).requires_grad_()
+    loss, stats = E2ETVLoss()(
+        draft_hidden,
+        target_hidden,
+        weight,
+        target_rows=torch.tensor([[0, 1]]),
+        tokens=torch.tensor([[0, 1]]),
+        valid=torch.ones(1, 2, dtype=torch.bool),
+    )
+    loss.backward()
+    torch.testing.assert_close(stats.alpha, torch.tensor([[1.0, 0.0]]))
+    assert torch.isfinite(draft_hidden.grad).all()
+
+
+def test_scalar_backward_scales_and_may_be_repeated():
+    chains = make_chains()
+    once = run(chains)[1]
+    draft = chains.draft_hidden.clone().requires_grad_()
+    loss, _ = E2ETVLoss()(draft, chains.target_hidden, chains.weight, **chains.indices)
+    (3 * loss).backward(retain_graph=True)
+    (2 * loss).backward()
+    torch.testing.assert_close(draft.grad, 5 * once)
+
+
+def test_autocast_does_not_reach_the_logits():
+    """bf16 logits would put the relative error of the gradient at 0.2 and more; see test_bf16_logits_ruin_the_gradient."""
+    chains = make_chains(vocabulary=4099)
+    plain = run(chains)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(chains)
+    assert torch.equal(plain[0], mixed[0])
+    assert torch.equal(plain[1], mixed[1])
+
+
+def test_works_inside_a_compiled_step():
+    chains = make_chains(size=16)
+    layer = torch.nn.Linear(16, 16)
+    loss_fn = E2ETVLoss()
+    inputs = chains.draft_hidden.nan_to_num()
+
+    def step():
+        return loss_fn(layer(inputs), chains.target_hidden, chains.weight, **chains.indices).loss
+
+    step().backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    torch.compile(step)().backward()
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_without_gradient_the_gradient_is_not_computed(monkeypatch):
+    from bebop.kernels import linear_chain
+
+    chains = make_chains()
+    expected = run(chains)[0]
+    monkeypatch.setattr(linear_chain._Product, "back", lambda *_: pytest.fail("K+1 products are enough here"))
+    with torch.no_grad():
+        loss = E2ETVLoss()(chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices).loss
+    assert loss == expected
+
+
+def test_bitwise_deterministic():
+    chains = make_chains(vocabulary=4099, dtype=torch.bfloat16)
+    first, second = run(chains), run(chains)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+
+
+def test_bf16_logits_ruin_the_gradient():
+    """Why logits are fp32: the TV gradient is a step function of log q - log p, which bf16 cannot resolve near alpha = 1."""
+    chains = make_chains(vocabulary=4099, anchors=100, noise=0.02, dtype=torch.bfloat16)
+    expected = oracle_gradient(chains, E2ETVLoss)[1]
+    ours = relative_error(run(chains)[1], expected)
+    rounded = make_chains(vocabulary=4099, anchors=100, noise=0.02, dtype=torch.bfloat16)
+    rounded.target_rows.masked_fill_(~rounded.valid, 0)
+    draft = rounded.draft_hidden.double().nan_to_num().requires_grad_()
+    draft_logits = draft @ rounded.weight.double().T
+    target_logits = (rounded.target_hidden.double() @ rounded.weight.double().T)[rounded.target_rows]
+    # Straight-through rounding: the values are bf16, everything after them is float64.
+    draft_logits = draft_logits + (draft_logits.bfloat16().double() - draft_logits).detach()
+    E2ETVLoss.from_logits(draft_logits, target_logits.bfloat16().double(), valid=rounded.valid).backward()
+    theirs = relative_error(draft.grad, expected)
+    assert ours < 0.02
+    assert theirs > 0.3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"weight": c.weight.clone().requires_grad_()}, "requires grad"),
+        (lambda c: {"weight": c.weight.to(torch.float8_e4m3fn)}, "expected bf16, fp16, fp32 or fp64"),
+        (lambda c: {"weight": c.weight[:, :3]}, "do not fit"),
+        (lambda c: {"tokens": torch.where(c.valid, 257, 0)}, "tokens of valid pairs range from 257 to 257"),
+        (lambda c: {"target_rows": torch.where(c.valid, -1, 0)}, "target_rows of valid pairs range from -1"),
+        (lambda c: {"tokens": c.tokens.float()}, "expected int64"),
+        (lambda c: {"valid": c.valid[:2]}, r"expected bool \(3, 40\)"),
+        (lambda c: {"valid": ~c.valid}, "not a prefix"),
+        (lambda c: {"temperature": 0.0}, "temperature is 0.0"),
+        (lambda c: {"statistics": ("alhpa",)}, "unknown statistics"),
+        (lambda c: {"objective": lambda stats: stats.alpha.sum()}, "the objective returned shape"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    chains = make_chains()
+    arguments = {
+        "draft_hidden": chains.draft_hidden,
+        "target_hidden": chains.target_hidden,
+        "weight": chains.weight,
+        "objective": lambda stats: 1 - stats.alpha,
+        **chains.indices,
+    }
+    with pytest.raises(ValueError, match=message):
+        linear_chain_loss(**(arguments | change(chains)))

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from bebop.kernels.reference import chain_statistics
+from bebop.losses import LOSSES, CrossEntropyLoss, E2ETVLoss, ForwardKLLoss, LKHybridLoss, TVLoss
+
+K, N, V = 4, 6, 11
+
+
+@pytest.fixture
+def logits():
+    generator = torch.Generator().manual_seed(0)
+    draft, target = (2 * torch.randn(K, N, V, dtype=torch.float64, generator=generator) for _ in range(2))
+    return draft.requires_grad_(), target
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, V, (K, N), generator=torch.Generator().manual_seed(1))
+
+
+def test_e2e_tv_is_eq_13(logits):
+    draft, target = logits
+    q, p = draft.softmax(-1), target.softmax(-1)
+    alpha = torch.minimum(p, q).sum(-1)
+    chain = 1 - (alpha[0] + alpha[0] * alpha[1] + alpha[0] * alpha[1] * alpha[2] + alpha.prod(0)) / K
+    torch.testing.assert_close(E2ETVLoss.from_logits(draft, target), chain.mean())
+
+
+def test_gradients_are_the_closed_forms(logits, tokens):
+    """Eq. 11 of arXiv 2606.12370 for TV, and for e2e TV the same row gradient times c_k, without any division."""
+    draft, target = logits
+    q, p = draft.detach().softmax(-1), target.softmax(-1)
+    below = q < p
+    tv_row = -q * (below.double() - (q * below).sum(-1, keepdim=True))
+    alpha = torch.minimum(p, q).sum(-1)
+    suffix = torch.ones(N, dtype=torch.float64)
+    c = torch.zeros(K, N, dtype=torch.float64)
+    for k in reversed(range(K)):
+        c[k] = alpha[:k].prod(0) * suffix
+        suffix = 1 + alpha[k] * suffix
+    one_hot = torch.nn.functional.one_hot(tokens, V)
+    weights = 0.6 ** torch.arange(K, dtype=torch.float64)
+    weights = (weights / weights.sum())[:, None, None]
+    expected = {
+        TVLoss: tv_row / K,
+        E2ETVLoss: c.unsqueeze(-1) * tv_row / K,
+        ForwardKLLoss: (q - p) / K,
+        CrossEntropyLoss: weights * (q - one_hot),
+    }
+    for loss, gradient in expected.items():
+        (found,) = torch.autograd.grad(loss.from_logits(draft, target, tokens=tokens), draft)
+        torch.testing.assert_close(found, gradient / N, msg=loss.__name__)
+
+
+def test_lk_hybrid_goes_from_kl_to_tv(logits):
+    draft, target = logits
+    far = LKHybridLoss(eta=0.0, step_decay=1.0)
+    near = LKHybridLoss(eta=1e9, step_decay=1.0)
+    stats = chain_statistics(draft, target)
+    torch.testing.assert_close(far.pair_loss(stats), stats.kl)
+    torch.testing.assert_close(near.pair_loss(stats), 1 - stats.alpha)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_chain_cut_short_counts_its_valid_steps(name, logits, tokens):
+    """The valid pairs' losses are those of the full chain; the mean is over them alone, and NaN elsewhere does not leak."""
+    draft, target = logits
+    valid = torch.ones(K, N, dtype=torch.bool)
+    valid[2:, 0] = False
+    whole = LOSSES[name]().pair_loss(chain_statistics(draft, target, tokens))
+    broken = draft.masked_fill(~valid.unsqueeze(-1), torch.nan)
+    loss = LOSSES[name].from_logits(broken, target, tokens=tokens, valid=valid)
+    torch.testing.assert_close(loss, whole[valid].mean())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_invariances(name, logits, tokens):
+    """A permuted vocabulary or a constant added to the logits changes nothing; row gradients sum to zero."""
+    draft, target = logits
+    loss = LOSSES[name].from_logits(draft, target, tokens=tokens)
+    (gradient,) = torch.autograd.grad(loss, draft)
+    torch.testing.assert_close(gradient.sum(-1), torch.zeros(K, N, dtype=torch.float64))
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(2))
+    where = order.argsort()
+    torch.testing.assert_close(LOSSES[name].from_logits(draft[..., order], target[..., order], tokens=where[tokens]), loss)
+    torch.testing.assert_close(LOSSES[name].from_logits(draft + 5, target - 3, tokens=tokens), loss)
+
+
+def test_loss_is_what_rejection_sampling_does(logits):
+    """K (1 - loss) is the mean number of accepted drafts, counted by simulating rejection sampling, when acceptance at
+    one step does not depend on another's: here the distributions of a step are fixed."""
+    draft, target = (x.detach()[:, 0] for x in logits)
+    q, p = draft.softmax(-1), target.softmax(-1)
+    trials = 200_000
+    generator = torch.Generator().manual_seed(3)
+    drafts = torch.stack([torch.multinomial(q[k], trials, replacement=True, generator=generator) for k in range(K)])
+    ratio = (p / q).gather(1, drafts)
+    accepted = torch.rand(K, trials, dtype=torch.float64, generator=generator) < ratio
+    counted = accepted.long().cumprod(0).sum(0).double()
+    expected = K * (1 - E2ETVLoss.from_logits(draft.unsqueeze(1), target.unsqueeze(1)))
+    assert abs(counted.mean() - expected) < 4 * counted.std() / trials**0.5
+
+
+def test_text_is_asked_for_where_it_is_needed(logits):
+    with pytest.raises(ValueError, match="CrossEntropyLoss reads the text's tokens"):
+        CrossEntropyLoss.from_logits(*logits)

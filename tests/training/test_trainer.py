@@ -1,0 +1,223 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bebop.backbone import Backbone
+from bebop.errors import InputError
+from bebop.heads.loading import head_for, native_state_dict, read_head
+from bebop.training.config import TrainConfig
+from bebop.training.trainer import train
+from tests.rollouts import write_tiny_rollouts
+from tests.tiny_models import make_checkpoint
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    return make_config(tmp_path, "qwen2")
+
+
+def make_config(tmp_path: Path, kind: str, **options) -> TrainConfig:
+    model = make_checkpoint(tmp_path / "model", kind, native_head=options.pop("native_head", False))
+    defaults = {
+        "max_steps": 6, "save_every": 2, "learning_rate": 3e-3, "tokens_per_micro_batch": 200, "held_out_share": 0.2,
+        "dtype": "fp32", "warmup_share": 0.0,
+    }  # fmt: skip
+    return TrainConfig(
+        backbone=str(model),
+        rollouts=str(write_tiny_rollouts(tmp_path / "rollouts.jsonl", model)),
+        output=str(tmp_path / "run"),
+        **(defaults | options),
+    )
+
+
+def records(config: TrainConfig, kind: str) -> list[dict]:
+    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def trained(config: TrainConfig) -> dict[str, torch.Tensor]:
+    return read_head(Path(config.output) / "head")[0]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_5_text", "qwen3_next"])
+def test_a_run_moves_every_head_parameter_and_nothing_else(kind, tmp_path):
+    config = make_config(tmp_path, kind, max_steps=40, cold_start_loss="lk_hybrid", cold_start_steps=30)
+    weights = Path(config.backbone) / "model.safetensors"
+    before = weights.read_bytes()
+    start = native_state_dict(head_for(Backbone.load(config.backbone, torch.float32))[0])
+    train(config)
+    assert weights.read_bytes() == before
+    end = trained(config)
+    assert end.keys() == start.keys()
+    still = [name for name in start if torch.equal(start[name], end[name])]
+    assert still == []
+    evaluations = records(config, "evaluation")
+    assert [r["step"] for r in evaluations] == [0, 40]
+    assert evaluations[1]["accept_length"] > evaluations[0]["accept_length"]
+    report = json.loads((Path(config.output) / "report.json").read_text())
+    assert report["after"] == evaluations[1]
+    assert (Path(config.output) / "report.png").stat().st_size > 10_000
+    assert {r["objective"] for r in records(config, "training")} == {"lk_hybrid", "e2e_tv"}
+
+
+def test_backbone_embedding_and_lm_head_are_bit_identical_after_training(config, monkeypatch):
+    seen = []
+    load = Backbone.load.__func__
+    monkeypatch.setattr(Backbone, "load", classmethod(lambda cls, *a, **k: seen.append(load(cls, *a, **k)) or seen[-1]))
+    train(config)
+    stored = load_file(Path(config.backbone) / "model.safetensors")
+    state = seen[0].model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+
+
+def test_a_native_head_skips_the_cold_start(tmp_path):
+    config = make_config(tmp_path, "qwen3_5_text", native_head=True, cold_start_steps=3)
+    train(config)
+    assert {r["objective"] for r in records(config, "training")} == {"e2e_tv"}
+
+
+def test_accumulated_micro_batches_normalise_over_the_whole_step(tmp_path):
+    """One micro-batch of a step's documents and several with fewer each give the same loss and gradient: the sum over
+    valid pairs is divided by the step's pairs, not averaged over micro-batches of unequal size."""
+    config = make_config(tmp_path, "qwen2", max_steps=1, tokens_per_micro_batch=10_000, max_grad_norm=1e9)
+    train(config)
+    whole = records(config, "training")[0]
+    small = make_config(tmp_path / "small", "qwen2", max_steps=1, tokens_per_micro_batch=100, max_grad_norm=1e9)
+    from bebop.data.batches import plan_micro_batches
+    from bebop.data.rollouts import read_rollouts, split_held_out
+
+    lengths = [len(r) for r in split_held_out(read_rollouts(Path(small.rollouts))[1], 0.2)[0]]
+    small.accumulate = len(plan_micro_batches(lengths, 100, True, torch.Generator().manual_seed(0)))
+    assert small.accumulate > 3
+    train(small)
+    parts = records(small, "training")[0]
+    assert parts["chains"] == whole["chains"]
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+
+
+@pytest.mark.parametrize("cache_states", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(cache_states, tmp_path):
+    config = make_config(tmp_path, "qwen2", cache_states=cache_states)
+    train(config)
+    whole, metrics = trained(config), records(config, "training")
+
+    stopped = make_config(tmp_path / "again", "qwen2", cache_states=cache_states)
+    stopped.backbone, stopped.rollouts = config.backbone, config.rollouts
+    train(stopped)
+    run = Path(stopped.output)
+    # As a crash leaves it: the checkpoint of step 4 complete, the next half written, metrics beyond the checkpoint.
+    (run / "checkpoints" / "step-000006").rename(run / "checkpoints" / "step-000006.partial")
+    for name in ("report.json", "report.png", "head"):
+        path = run / name
+        path.unlink() if path.is_file() else [*(p.unlink() for p in path.iterdir()), path.rmdir()]
+    stopped.resume = "auto"
+    train(stopped)
+    again = trained(stopped)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [r["loss"] for r in records(stopped, "training")] == [r["loss"] for r in metrics]
+
+
+def test_interrupt_leaves_a_checkpoint_to_go_on_from(config, tmp_path):
+    config.max_steps, config.save_every = 100_000, 100_000
+    (tmp_path / "c.yaml").write_text(config.as_yaml())
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "recipes/train_mtp.py", "--config", str(tmp_path / "c.yaml")],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    metrics = Path(config.output) / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while (not metrics.exists() or len(metrics.read_text().splitlines()) < 4) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "go on with --resume auto" in output
+    done = records(config, "training")[-1]["step"]
+    config.resume, config.max_steps, config.decay = "auto", done + 2, "constant"
+    train(config)
+    assert [r["step"] for r in records(config, "training")] == list(range(1, done + 3))
+
+
+def _bad_head(config, tmp_path):
+    config.head = str(tmp_path / "no-such-head")
+
+
+def _not_empty(config, tmp_path):
+    Path(config.output).mkdir()
+    (Path(config.output) / "something").touch()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, t: setattr(c, "backbone", str(t / "nothing")), "does not exist"),
+        (lambda c, t: setattr(c, "rollouts", str(t / "nothing.jsonl")), "does not exist"),
+        (lambda c, t: setattr(c, "max_length", 20), "longer than the 20"),
+        (lambda c, t: setattr(c, "held_out_share", 0.0), "none is held-out"),
+        (lambda c, t: setattr(c, "accumulate", 1000), "a step takes 1000"),
+        (lambda c, t: setattr(c, "resume", "auto"), "no complete checkpoint"),
+        (lambda c, t: setattr(c, "resume", str(t)), "is not a complete checkpoint"),
+        (_bad_head, "has no head.safetensors"),
+        (_not_empty, "exists and is not empty"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(change, message, config, tmp_path):
+    change(config, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=message):
+        train(config)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scoring_at_another_temperature_warns(config, caplog):
+    config.temperature, config.max_steps = 0.5, 1
+    train(config)
+    assert "sampled at temperature 1.0 and are scored at 0.5" in caplog.text
+
+
+@pytest.mark.parametrize(("tracker", "files"), [("tensorboard", "bebop/events.*"), ("wandb", "wandb/offline-run-*/*.wandb")])
+def test_metrics_reach_the_tracker(tracker, files, config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.tracker, config.max_steps = tracker, 2
+    train(config)
+    (written,) = Path(config.output).glob(files)
+    assert written.stat().st_size > 500
+    assert b"training/accept_length" in written.read_bytes()
+
+
+def test_errors_are_one_line(tmp_path):
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [
+            sys.executable,
+            "recipes/train_mtp.py",
+            "--backbone",
+            "nothing",
+            "--rollouts",
+            "r",
+            "--output",
+            str(tmp_path / "o"),
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == "error: rollout file r does not exist; write one with recipes/generate_rollouts.py"
+    assert not (tmp_path / "o").exists()
