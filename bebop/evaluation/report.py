@@ -65,13 +65,14 @@ def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 def _plot(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    styles = ["-", "--", ":", "-."]
+    # Objectives have scales of their own: the cold start's on the left axis, the one after it on the right.
     objectives = list(dict.fromkeys(r["objective"] for r in training))
-    for objective, style in zip(objectives, styles, strict=False):
+    axes = [left, *(left.twinx() for _ in objectives[1:])]
+    for objective, style, axis in zip(objectives, ("-", "--"), axes, strict=True):
         own = [r for r in training if r["objective"] == objective]
-        left.plot([r["step"] for r in own], [r["loss"] for r in own], style, color="black", label=objective)
-    left.set(xlabel="optimiser step", ylabel="training loss (per pair)", title="Loss")
-    left.legend()
+        axis.plot([r["step"] for r in own], [r["loss"] for r in own], style, color="black")
+        axis.set_ylabel(f"{objective} loss per pair ({'solid' if style == '-' else 'dashed'})")
+    left.set(xlabel="optimiser step", title="Training loss")
 
     middle.plot([r["step"] for r in training], [r["accept_length"] for r in training], color="0.7", label="training batches")
     steps = [r["step"] for r in evaluations]

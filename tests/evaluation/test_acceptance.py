@@ -34,11 +34,11 @@ def test_realised_estimate_is_unbiased_where_eq_13_is_not():
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
     alpha_1, alpha_2 = 0.75, torch.tensor([1.0, 0.0])
     accepted_token = torch.minimum(p, q)  # probability that step 1 accepts, by token
-    truth = (accepted_token * alpha_2).sum()
+    truth = (accepted_token * alpha_2).sum().item()
     realised = sum(p[x] * min(1, q[x] / p[x]) * alpha_2[x] for x in (0, 1))
     eq_13 = sum(p[x] * alpha_1 * alpha_2[x] for x in (0, 1))
-    assert realised == pytest.approx(truth)
-    assert eq_13 != pytest.approx(truth, abs=0.1)
+    assert realised.item() == pytest.approx(truth)
+    assert eq_13.item() != pytest.approx(truth, abs=0.1)
 
     from bebop.kernels import ChainStats
 
@@ -49,8 +49,8 @@ def test_realised_estimate_is_unbiased_where_eq_13_is_not():
         log_p=torch.stack([p.log(), torch.zeros(2)]),
     )
     values = pair_values(stats)
-    assert (p * values["realised"][1]).sum() == pytest.approx(truth)
-    assert (p * values["cumulative"][1]).sum() == pytest.approx(eq_13)
+    assert (p * values["realised"][1]).sum().item() == pytest.approx(truth)
+    assert (p * values["cumulative"][1]).sum().item() == pytest.approx(eq_13.item())
 
 
 def test_target_only_counts_greedy_drafts():
