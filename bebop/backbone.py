@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bebop.errors import InputError
 from bebop.heads.families import Family, family_of
@@ -45,6 +45,23 @@ def resolve_checkpoint(name: str) -> Path:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{shard} is damaged or truncated ({_one_line(error)}); fetch it again") from error
     return directory
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory, exactly as its tokenizer.json says.
+
+    Not AutoTokenizer: for model_type qwen2 that builds Qwen2's own pre-tokeniser, whatever tokenizer.json holds, and splits
+    the text of a Llama model that is stored as Qwen2 in places where the model never saw a split.
+
+    Raises:
+        InputError: no tokenizer.json, or a damaged one.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        raise InputError(f"{directory} has no tokenizer.json; save the model's tokenizer there with save_pretrained")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise InputError(f"{directory}/tokenizer.json is damaged ({_one_line(error)}); fetch it again") from error
 
 
 def _one_line(error: Exception) -> str:

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from bebop.backbone import Backbone
+from bebop.backbone import Backbone, load_tokenizer
 from bebop.data.generate import generate_rollouts
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash, write_rollouts
 from bebop.errors import InputError
@@ -40,7 +39,7 @@ def _write(arguments: argparse.Namespace) -> None:
         if not getattr(arguments, key) > 0:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(arguments, key)}, expected a number above 0")
     backbone = Backbone.load(arguments.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(backbone.directory)
+    tokenizer = load_tokenizer(backbone.directory)
     options = {
         "prompt_temperature": arguments.prompt_temperature,
         "max_prompt_tokens": arguments.max_prompt_tokens,

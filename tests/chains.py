@@ -22,11 +22,11 @@ class Chains:
     def indices(self) -> dict[str, Tensor]:
         return {"target_rows": self.target_rows, "tokens": self.tokens, "valid": self.valid}
 
-    def logits(self) -> tuple[Tensor, Tensor]:
-        """Draft (differentiable in draft_hidden) and target logits [K, N, V] in float64."""
-        weight = self.weight.double()
-        draft = torch.where(self.valid.unsqueeze(-1), self.draft_hidden.double(), 0.0)
-        return draft @ weight.T, (self.target_hidden.double() @ weight.T)[self.target_rows]
+    def logits(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Draft (differentiable in draft_hidden) and target logits [K, N, V]."""
+        weight = self.weight.to(dtype)
+        draft = torch.where(self.valid.unsqueeze(-1), self.draft_hidden.to(dtype), 0.0)
+        return draft @ weight.T, (self.target_hidden.to(dtype) @ weight.T)[self.target_rows]
 
     def oracle(self, temperature: float = 1.0):
         """ChainStats in float64."""
@@ -64,16 +64,18 @@ def make_chains(
     return chains
 
 
-def oracle_gradient(chains: Chains, loss_class: type[ChainLoss], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Loss and gradient [K, N, d] in float64 by plain autograd on materialised logits."""
+def oracle_gradient(
+    chains: Chains, loss_class: type[ChainLoss], temperature: float = 1.0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient [K, N, d] by plain autograd on materialised logits; in float64 that is the oracle."""
     safe = Chains(
-        chains.draft_hidden.detach().double().requires_grad_(),
+        chains.draft_hidden.detach().to(dtype).requires_grad_(),
         chains.target_hidden,
         chains.weight,
         chains.target_rows.masked_fill(~chains.valid, 0),
         chains.tokens.masked_fill(~chains.valid, 0),
         chains.valid,
     )
-    loss = loss_class.from_logits(*safe.logits(), tokens=safe.tokens, valid=safe.valid, temperature=temperature)
+    loss = loss_class.from_logits(*safe.logits(dtype), tokens=safe.tokens, valid=safe.valid, temperature=temperature)
     loss.backward()
     return loss.detach(), safe.draft_hidden.grad

@@ -68,7 +68,7 @@ def _plot(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], pat
     # Objectives have scales of their own: the cold start's on the left axis, the one after it on the right.
     objectives = list(dict.fromkeys(r["objective"] for r in training))
     axes = [left, *(left.twinx() for _ in objectives[1:])]
-    for objective, style, axis in zip(objectives, ("-", "--"), axes, strict=True):
+    for objective, style, axis in zip(objectives, ("-", "--"), axes, strict=False):
         own = [r for r in training if r["objective"] == objective]
         axis.plot([r["step"] for r in own], [r["loss"] for r in own], style, color="black")
         axis.set_ylabel(f"{objective} loss per pair ({'solid' if style == '-' else 'dashed'})")

@@ -14,9 +14,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 
-from bebop.backbone import Backbone
+from bebop.backbone import Backbone, load_tokenizer
 from bebop.data.batches import make_batch
 from bebop.data.rollouts import Rollout, check_rollouts, read_rollouts, split_held_out
 from bebop.data.schedule import schedule
@@ -92,7 +92,7 @@ class _Run:
             header,
             rollouts,
             vocab_size=self.backbone.lm_head_weight.shape[0],
-            tokenizer=AutoTokenizer.from_pretrained(self.backbone.directory),
+            tokenizer=load_tokenizer(self.backbone.directory),
             max_length=min(config.max_length or self.backbone.max_length, self.backbone.max_length),
         )
         if header.temperature != config.temperature:
