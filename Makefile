@@ -5,7 +5,6 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= demo
 
 .PHONY: demo test check setup
 .DELETE_ON_ERROR:
@@ -19,7 +18,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	@PATH="$(CURDIR)/$(BIN):$$PATH" DEMO="$(DEMO)" bash recipes/demo.sh
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: setup
 	$(BIN)/python -m pytest

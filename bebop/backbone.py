@@ -1,5 +1,6 @@
 """The frozen language model: hidden states at the tap a head family needs, the embedding, and the lm_head."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bebop.errors import InputError
-from bebop.heads.families import Family, family_of
+from bebop.families import Family, family_of
 from bebop.llama_as_qwen2 import qwen2_config
 
 logger = logging.getLogger(__name__)
+
+INDEX_FILE = "model.safetensors.index.json"
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -35,16 +38,37 @@ def resolve_checkpoint(name: str) -> Path:
             ) from error
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
-    shards = sorted(directory.glob("*.safetensors"))
-    if not shards:
-        raise InputError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
-    for shard in shards:
+    for shard in checkpoint_shards(directory):
         try:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
             raise InputError(f"{shard} is damaged or truncated ({_one_line(error)}); fetch it again") from error
     return directory
+
+
+def checkpoint_shards(directory: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint: those of its index, or the only one.
+
+    Raises:
+        InputError: there is none, the index names a file that is not there, or it is damaged.
+    """
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index} is damaged; fetch it again") from None
+        shards = [directory / name for name in names]
+        if missing := [path.name for path in shards if not path.is_file()]:
+            raise InputError(f"{directory} has no {missing[0]}, which its index names; fetch it again")
+        return shards
+    shards = sorted(directory.glob("*.safetensors"))
+    if (directory / "model.safetensors") in shards:
+        return [directory / "model.safetensors"]
+    if not shards:
+        raise InputError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
+    return shards
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -101,11 +125,22 @@ class Backbone:
             InputError: the model cannot be found or read, or is of a type that has no head family.
         """
         directory = resolve_checkpoint(name)
-        config = AutoConfig.from_pretrained(directory)
+        try:
+            config = AutoConfig.from_pretrained(directory)
+        except Exception as error:
+            raise InputError(f"{directory}/config.json cannot be read ({_one_line(error)}); fetch it again") from error
         family_of(config.get_text_config())  # refuse before gigabytes are read
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
+        except RuntimeError as error:  # tensors of another shape than config.json says
+            raise InputError(f"{directory} does not match its config.json: {_one_line(error)}") from error
+        model, report = loaded
+        if missing := sorted(report["missing_keys"]):
+            raise InputError(
+                f"{directory} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it again"
+            )
         return cls(model.to(device), directory)
 
     @property

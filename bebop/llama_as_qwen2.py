@@ -25,7 +25,9 @@ def qwen2_config(config: LlamaConfig) -> Qwen2Config:
     """
     head_dim = config.hidden_size // config.num_attention_heads
     if config.attention_bias or config.mlp_bias:
-        raise InputError("this Llama model has attention_bias or mlp_bias; Qwen2 has neither, so it cannot be stored as one")
+        raise InputError(
+            "this Llama model has attention_bias or mlp_bias; Qwen2 has no o_proj or MLP bias, so it cannot be stored as one"
+        )
     if config.head_dim not in (None, head_dim):
         raise InputError(f"head_dim is {config.head_dim}, Qwen2 needs hidden_size / num_attention_heads = {head_dim}")
     return Qwen2Config(architectures=["Qwen2ForCausalLM"], **{key: getattr(config, key) for key in _SHARED_KEYS})

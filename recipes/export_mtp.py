@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bebop.errors import InputError
-from bebop.export.serving import vllm_command
+from bebop.export.serving import splits_text_differently, vllm_command
 from bebop.export.writer import export_head
 
 
@@ -23,6 +23,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}; serve it with\n\n    {vllm_command(str(arguments.output), facts['draft_steps'])}\n")
     print(f"and sample at temperature {facts['temperature']}, which the head was trained for")
+    if (arguments.output / "tokenizer.json").is_file() and splits_text_differently(arguments.output):
+        print(
+            "note: transformers reads this tokenizer with Qwen2's rules and splits some text otherwise than the model was "
+            "trained on; send token ids, or give the engine the original model's tokenizer (--tokenizer)"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from bebop.backbone import Backbone, load_tokenizer
-from bebop.data.generate import generate_rollouts
+from bebop.data.generate import chat_openings, generate_rollouts
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash, write_rollouts
 from bebop.errors import InputError
 
@@ -46,6 +46,7 @@ def _write(arguments: argparse.Namespace) -> None:
         "max_response_tokens": arguments.max_response_tokens,
         "seed": arguments.seed,
     }
+    chat_openings(tokenizer)  # refuse a model that cannot write prompts before anything is written
     header = RolloutHeader(
         model=arguments.model,
         tokenizer_hash=tokenizer_hash(tokenizer),

@@ -2,12 +2,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from bebop.backbone import Backbone
 from bebop.data.batches import make_batch, plan_micro_batches
 from bebop.data.rollouts import Rollout
 from bebop.errors import InputError
+from bebop.heads.draft import draft
+from bebop.heads.loading import head_for
+from bebop.kernels import linear_chain_statistics
 from bebop.llama_as_qwen2 import as_qwen2
 from tests.tiny_models import CONFIGS, make_backbone, make_checkpoint, make_model
 
@@ -100,6 +104,8 @@ def _config(path, **changes):
         (lambda p: (p / "config.json").unlink(), "has no config.json"),
         (lambda p: (p / "model.safetensors").unlink(), "has no \\*.safetensors"),
         (lambda p: _truncate(p / "model.safetensors"), "model.safetensors is damaged or truncated"),
+        (lambda p: _truncate(p / "config.json"), "config.json cannot be read"),
+        (lambda p: _config(p, intermediate_size=64), "does not match its config.json"),
     ],
 )
 def test_models_that_do_not_fit_are_refused(damage, message, tmp_path):
@@ -107,6 +113,50 @@ def test_models_that_do_not_fit_are_refused(damage, message, tmp_path):
     damage(tmp_path)
     with pytest.raises(InputError, match=message):
         Backbone.load(str(tmp_path), torch.float32)
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_refused(tmp_path):
+    """transformers fills in random weights and goes on."""
+    make_checkpoint(tmp_path, "qwen2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 tensors of the model, model.layers.1.mlp.up_proj.weight"):
+        Backbone.load(str(tmp_path), torch.float32)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    make_checkpoint(tmp_path, "qwen2", native_head=True)
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no model-00001-of-00002\.safetensors, which its index names"):
+        Backbone.load(str(tmp_path), torch.float32)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5_text"])
+def test_what_is_measured_of_a_document_does_not_depend_on_its_neighbours(kind, tmp_path):
+    """The whole way from tokens to chain statistics: change one document, and the others' numbers are bitwise the same."""
+    backbone = make_backbone(tmp_path, kind)
+    head, _ = head_for(backbone)
+
+    def alphas(documents):
+        (rows,) = plan_micro_batches([len(d) for d in documents], 10**6, backbone.packs_documents)
+        batch = make_batch(rows, documents)
+        hidden, target, targets = draft(
+            head,
+            backbone,
+            backbone.hidden_states(batch.tokens, batch.documents, batch.positions),
+            **vars(batch),
+            steps=3,
+            compute_dtype=torch.float32,
+        )
+        stats = linear_chain_statistics(hidden, target, backbone.lm_head_weight, **targets._asdict())
+        return [stats.alpha[:, (batch.documents == i).flatten()] for i in range(len(documents))]
+
+    before = alphas(rollouts())
+    after = alphas([*rollouts()[:3], rollouts(seed=1)[3]])
+    assert all(torch.equal(a, b) for a, b in zip(before[:3], after[:3], strict=True))
+    assert not torch.equal(before[3], after[3])
 
 
 def _truncate(path):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from bebop.backbone import Backbone
-from bebop.heads.families import family_of
+from bebop.families import family_of
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import native_state_dict
 from bebop.llama_as_qwen2 import qwen2_config

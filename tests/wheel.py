@@ -1,4 +1,4 @@
-"""Checks a built wheel: it installs into an empty environment and imports without Triton, DeepSpeed and wandb.
+"""Checks a built wheel: it installs, carries what it should, and imports without Triton, DeepSpeed and wandb.
 
 python -m tests.wheel dist
 """

@@ -40,8 +40,8 @@ def plan_micro_batches(
     Args:
         lengths: of the documents, in tokens.
         tokens: most tokens, padding included, of a micro-batch; one row at least.
-        pack: several documents may share a row (as long as the longest document); otherwise documents of similar length
-            stand in rows of their own.
+        pack: several documents may share a row, which is as long as the longest document but no longer than `tokens`;
+            otherwise documents of similar length stand in rows of their own.
         generator: shuffles; the order is that of length without one.
 
     Returns:
@@ -53,7 +53,7 @@ def plan_micro_batches(
         order = torch.randperm(len(lengths), generator=generator).tolist()
         buckets = [order[i : i + _BUCKET] for i in range(0, len(order), _BUCKET)]
         order = [i for bucket in buckets for i in sorted(bucket, key=lambda i: -lengths[i])]
-    rows = _first_fit(order, lengths, max(lengths)) if pack else [[i] for i in order]
+    rows = _first_fit(order, lengths, min(max(lengths), tokens)) if pack else [[i] for i in order]
     if generator is not None and pack:
         rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
 
@@ -72,10 +72,12 @@ def plan_micro_batches(
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Rows filled one document after another, each into the first of the newest rows that has room (or a row of its own)."""
     rows: list[list[int]] = []
     free: list[int] = []
     for i in order:
-        row = next((row for row, space in enumerate(free) if lengths[i] <= space), len(rows))
+        newest = range(max(0, len(rows) - _BUCKET), len(rows))
+        row = next((row for row in newest if lengths[i] <= free[row]), len(rows))
         if row == len(rows):
             rows.append([])
             free.append(row_length)

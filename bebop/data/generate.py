@@ -24,7 +24,8 @@ class _Dialogues:
     All start from the same tokens and so stay of equal length, which spares the padding mask and a second prefill.
     """
 
-    def __init__(self, size: int, opening: list[int], most: tuple[int, int], device: torch.device):
+    def __init__(self, size: int, opening: list[int], stop: list[int], most: tuple[int, int], device: torch.device):
+        self.stop = torch.tensor(stop, device=device)  # tokens that end an answer
         self.opening = torch.tensor(opening, device=device)  # the first token ends the turn
         self.most = most
         self.prompt_tokens = torch.zeros(size, dtype=torch.long, device=device)  # the end of turn included
@@ -47,7 +48,8 @@ class _Dialogues:
         self.opening_tokens += opening | (asking & ends_turn)
         too_long = asking & ~ends_turn & (self.prompt_tokens >= self.most[0])
         empty = asking & ends_turn & (self.prompt_tokens == 1)
-        self.done |= too_long | empty | (answering & (ends_turn | (self.response_tokens >= self.most[1])))
+        ends_answer = torch.isin(tokens, self.stop) | (self.response_tokens >= self.most[1])
+        self.done |= too_long | empty | (answering & ends_answer)
         return tokens
 
 
@@ -68,6 +70,7 @@ def _write_dialogues(
     model: Any,
     before: list[int],
     after: list[int],
+    stop: list[int],
     size: int,
     temperatures: tuple[float, float],
     most: tuple[int, int],
@@ -76,7 +79,7 @@ def _write_dialogues(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Prompts and answers of those of `size` dialogues that got that far; half an answer counts half for progress."""
     device = model.device
-    dialogues = _Dialogues(size, after, most, device)
+    dialogues = _Dialogues(size, after, stop, most, device)
     both = torch.tensor(temperatures, device=device)
     texts = torch.tensor([before] * size, device=device)
     running = torch.arange(size, device=device)  # dialogues still in the cache
@@ -148,6 +151,12 @@ def generate_rollouts(
         seed: of all sampling.
     """
     before, after = chat_openings(tokenizer)
+    longest = len(before) + max_prompt_tokens + len(after) + max_response_tokens
+    if longest > (most := model.config.get_text_config().max_position_embeddings):
+        raise InputError(f"prompt and answer may take {longest} tokens with the chat template, the model takes {most}")
+    # An engine ends an answer at any of the model's end tokens, so rollouts do.
+    ends = model.generation_config.eos_token_id
+    stop = sorted({after[0], *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
     done = done_before = batch_number = 0
     with tqdm(total=count, unit="rollout", desc="rollouts") as bar:
 
@@ -160,10 +169,10 @@ def generate_rollouts(
             done_before = done
             limits = (max_prompt_tokens, max_response_tokens)
             for prompt, response in _write_dialogues(
-                model, before, after, batch_size, (prompt_temperature, temperature), limits, generator, show
+                model, before, after, stop, batch_size, (prompt_temperature, temperature), limits, generator, show
             ):
                 if done < count:
-                    yield Rollout(prompt, response, "stop" if response[-1] == after[0] else "length")
+                    yield Rollout(prompt, response, "stop" if response[-1] in stop else "length")
                     done += 1
             if done == 0 and batch_number == 3:
                 raise InputError(

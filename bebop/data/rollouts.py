@@ -66,13 +66,15 @@ def write_rollouts(path: Path, header: RolloutHeader, rollouts: Iterable[Rollout
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     count = 0
-    with partial.open("w") as file:
-        file.write(json.dumps({"bebop_rollouts": FORMAT_VERSION} | asdict(header)) + "\n")
-        for rollout in rollouts:
-            file.write(json.dumps(asdict(rollout)) + "\n")
-            file.flush()
-            count += 1
-    partial.rename(path)
+    try:
+        with partial.open("w") as file:
+            file.write(json.dumps({"bebop_rollouts": FORMAT_VERSION} | asdict(header)) + "\n")
+            for rollout in rollouts:
+                file.write(json.dumps(asdict(rollout)) + "\n")
+                count += 1
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return count
 
 
@@ -84,8 +86,10 @@ def read_rollouts(path: Path) -> tuple[RolloutHeader, list[Rollout]]:
     """
     if not path.is_file():
         raise InputError(f"rollout file {path} does not exist; write one with recipes/generate_rollouts.py")
-    with path.open() as file:
-        lines = file.read().split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a text file; expected JSON lines") from None
     first = _parse(path, 1, lines[0])
     if first.get("bebop_rollouts") != FORMAT_VERSION:
         raise InputError(f'{path}:1: expected a header with "bebop_rollouts": {FORMAT_VERSION}, found {lines[0][:60]!r}')
@@ -93,6 +97,9 @@ def read_rollouts(path: Path) -> tuple[RolloutHeader, list[Rollout]]:
         header = RolloutHeader(**{k: v for k, v in first.items() if k != "bebop_rollouts"})
     except TypeError as error:
         raise InputError(f"{path}:1: the header does not fit: {error}") from None
+    for key, kind in (("vocab_size", int), ("temperature", int | float)):
+        if not isinstance(value := getattr(header, key), kind) or isinstance(value, bool):
+            raise InputError(f"{path}:1: {key} is {value!r}, expected a number")
     if lines.pop():
         raise InputError(f"{path}:{len(lines) + 1}: the last line has no line end; the file is truncated, write it again")
     rollouts = [_rollout(path, number, line, header) for number, line in enumerate(lines[1:], start=2)]
@@ -119,7 +126,7 @@ def _rollout(path: Path, number: int, line: str, header: RolloutHeader) -> Rollo
             raise InputError(
                 f"{path}:{number}: {key} is {'empty' if ids == [] else 'missing'}; expected a list of token ids"
             )
-        if not all(isinstance(i, int) and 0 <= i < header.vocab_size for i in ids):
+        if not all(type(i) is int and 0 <= i < header.vocab_size for i in ids):
             raise InputError(f"{path}:{number}: {key} has an id that is no integer from 0 to {header.vocab_size - 1}")
     return Rollout(record["prompt_ids"], record["response_ids"], record.get("finish_reason", "stop"))
 
@@ -154,6 +161,14 @@ def check_rollouts(
                 f"{path}:{number}: {len(rollout)} tokens, longer than the {max_length} of the backbone or `max_length`; "
                 "leave it out or raise max_length"
             )
+
+
+def digest(rollouts: Iterable[Rollout]) -> str:
+    """Fingerprint of rollouts and their order."""
+    whole = hashlib.sha256()
+    for rollout in rollouts:
+        whole.update(rollout.key)
+    return whole.hexdigest()[:16]
 
 
 def split_held_out(rollouts: Sequence[Rollout], share: float) -> tuple[list[Rollout], list[Rollout]]:

@@ -20,22 +20,24 @@ def schedule(
 ) -> Iterator[list[list[list[int]]]]:
     """For every optimiser step, without end, this process's micro-batches (rows of document indices).
 
-    Each epoch is shuffled anew by seed and epoch. Micro-batches at its end that do not fill a step are left out.
+    Each epoch is shuffled anew by seed and epoch. What does not fill a step at its end opens the next epoch's first.
 
     Raises:
         InputError: there are too few documents for a single step.
     """
     needed = accumulate * processes
     epoch = 0
+    waiting: list[list[list[int]]] = []
     while True:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         plan = plan_micro_batches(lengths, tokens_per_micro_batch, pack, generator)
-        if len(plan) < needed:
+        if epoch == 0 and len(plan) < needed:
             raise InputError(
                 f"the training rollouts fill {len(plan)} micro-batches of {tokens_per_micro_batch} tokens, but a step takes "
                 f"{needed} (accumulate x processes); lower tokens_per_micro_batch or accumulate"
             )
-        for first in range(0, len(plan) - needed + 1, needed):
-            mine = first + process * accumulate
-            yield plan[mine : mine + accumulate]
+        waiting += plan
+        while len(waiting) >= needed:
+            step, waiting = waiting[:needed], waiting[needed:]
+            yield step[process * accumulate : (process + 1) * accumulate]
         epoch += 1

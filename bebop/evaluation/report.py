@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -64,7 +61,8 @@ def _table(before: dict[str, Any], after: dict[str, Any]) -> Table:
 
 
 def _plot(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     # Objectives have scales of their own: the cold start's on the left axis, the one after it on the right.
     objectives = list(dict.fromkeys(r["objective"] for r in training))
     axes = [left, *(left.twinx() for _ in objectives[1:])]
@@ -97,5 +95,4 @@ def _plot(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], pat
     right.legend()
     partial = path.with_name(path.stem + ".partial.png")
     figure.savefig(partial, dpi=130)
-    plt.close(figure)
     partial.rename(path)

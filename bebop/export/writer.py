@@ -12,14 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bebop.backbone import Backbone, resolve_checkpoint
+from bebop.backbone import INDEX_FILE, Backbone, checkpoint_shards, resolve_checkpoint
 from bebop.errors import InputError
-from bebop.heads.families import MIMO
+from bebop.families import MIMO
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import load_native, native_state_dict, read_head
 from bebop.llama_as_qwen2 import as_qwen2
-
-INDEX = "model.safetensors.index.json"
 
 
 def export_head(head_directory: Path, target: str, output: Path) -> dict[str, Any]:
@@ -58,7 +56,7 @@ def export_head(head_directory: Path, target: str, output: Path) -> dict[str, An
     try:
         if backbone.config.model_type == "llama":
             as_qwen2(backbone.model).save_pretrained(partial)
-            _link_files(directory, partial, without={p.name for p in directory.glob("*.safetensors")} | {INDEX})
+            _link_files(directory, partial, without={p.name for p in directory.glob("*.safetensors")} | {INDEX_FILE})
         else:
             _link_files(directory, partial, without=set())
         _add_shard(partial, expected)
@@ -95,7 +93,7 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
     Renumbered, since loaders that find a model.safetensors look at no index.
     """
-    shards = sorted(directory.glob("*.safetensors"))
+    shards = checkpoint_shards(directory)
     total = len(shards) + 1
     weight_map: dict[str, str] = {}
     size = 0
@@ -112,7 +110,7 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({k: v.contiguous() for k, v in tensors.items()}, directory / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, name)
     size += sum(t.numel() * t.itemsize for t in tensors.values())
-    _replace(directory / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    _replace(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def _complete_config(directory: Path) -> None:
@@ -129,7 +127,7 @@ def _replace(path: Path, content: dict[str, Any]) -> None:
 
 def _compare(directory: Path, expected: Mapping[str, Tensor]) -> None:
     """Read everything back: the index names every tensor where it is, and the head's tensors hold what was meant."""
-    weight_map = json.loads((directory / INDEX).read_text())["weight_map"]
+    weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
     found = set()
     for shard in sorted(set(weight_map.values())):
         with safe_open(directory / shard, framework="pt") as file:

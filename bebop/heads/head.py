@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bebop.heads.families import Family
+from bebop.families import Family
 from bebop.heads.unroll import unroll
 
 

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bebop.backbone import Backbone
+from bebop.backbone import Backbone, checkpoint_shards
 from bebop.errors import InputError
-from bebop.heads.families import Family
+from bebop.families import Family
 from bebop.heads.head import MTPHead
 
 _EXPERT = re.compile(r"(.*mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
@@ -89,14 +89,8 @@ def load_native(head: MTPHead, tensors: Mapping[str, Tensor], source: str) -> No
 
 def read_native_tensors(directory: Path, prefix: str) -> dict[str, Tensor]:
     """All tensors of a safetensors checkpoint directory whose name starts with prefix."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards = sorted({directory / shard for name, shard in weight_map.items() if name.startswith(prefix)})
-    else:
-        shards = sorted(directory.glob("*.safetensors"))
     tensors: dict[str, Tensor] = {}
-    for path in shards:
+    for path in checkpoint_shards(directory):
         with safe_open(path, framework="pt") as shard:
             tensors |= {name: shard.get_tensor(name) for name in shard.keys() if name.startswith(prefix)}
     return tensors
@@ -137,8 +131,12 @@ def cold_start(head: MTPHead, backbone: Backbone) -> None:
     last = max(i for i, kind in enumerate(layer_types) if kind == "full_attention")
     source = backbone.decoder.layers[last].state_dict()
     for name, tensor in head.part(family.layer).state_dict().items():
-        # A Llama layer has no q/k/v bias; in its Qwen2 form the bias is zero.
-        tensor.copy_(source[name]) if name in source else tensor.zero_()
+        if name in source:
+            tensor.copy_(source[name])
+        elif name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            tensor.zero_()  # a Llama layer has none; in its Qwen2 form they are zero
+        else:
+            raise InputError(f"layer {last} of {backbone.directory} has no {name} to start the head from")
     head.part(family.final_norm).weight.copy_(backbone.decoder.norm.weight)
     size = backbone.config.hidden_size
     projection = head.part(family.projection).weight

@@ -6,7 +6,7 @@ query per anchor, at position t+k-1, that sees step-1 entries up to t and its ow
 Hugging Face layers, cached decoding with T queries at a time under the mask [causal | diagonal | ... | diagonal].
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -42,12 +42,14 @@ def unroll(head: "MTPHead", hidden: Tensor, embeddings: Tensor, documents: Tenso
 
 
 def _chain_mask(head: "MTPHead", documents: Tensor, step: int):
-    """Who sees whom at a step, [B, 1, T, step*T]: dense and boolean, or FlexAttention's block mask (never dense)."""
+    """Who sees whom at a step, [B, 1, T, step*T]: dense and boolean, or FlexAttention's block mask."""
     batch, length = documents.shape
 
     def sees(b, h, query, key):
         first_step = (key <= query) & (documents[b, query] == documents[b, key % length])
         return torch.where(key < length, first_step, key % length == query)
 
-    create = create_block_mask if head.attention == "flex_attention" else create_mask
+    create: Any = create_block_mask if head.attention == "flex_attention" else create_mask
+    if head.attention == "flex_attention" and documents.is_cuda:
+        create = torch.compile(create_block_mask)  # uncompiled it would build the dense mask first
     return create(sees, batch, None, length, step * length, device=documents.device)

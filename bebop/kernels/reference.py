@@ -31,6 +31,8 @@ def chain_statistics(
     if valid is None:
         valid = torch.ones(draft_logits.shape[:2], dtype=torch.bool, device=draft_logits.device)
     rows = valid.unsqueeze(-1)
+    # A softmax in bf16 would be as harmful as logits in bf16.
+    draft_logits, target_logits = (x if x.dtype == torch.float64 else x.float() for x in (draft_logits, target_logits))
     log_q = torch.log_softmax(torch.where(rows, draft_logits, 0.0) / temperature, dim=-1)
     log_p = torch.log_softmax(torch.where(rows, target_logits.detach(), 0.0) / temperature, dim=-1)
     q, p = log_q.exp(), log_p.exp()
@@ -44,7 +46,7 @@ def chain_statistics(
 
     values = {"alpha": alpha, "kl": kl, "target_entropy": entropy, "alpha_target_only": target_only}
     if tokens is not None:
-        at = tokens.unsqueeze(-1)
+        at = torch.where(valid, tokens, 0).unsqueeze(-1)
         values |= {"log_q": log_q.gather(-1, at).squeeze(-1), "log_p": log_p.gather(-1, at).squeeze(-1)}
         values["target_only_hit"] = (top == tokens).to(p.dtype)
     return ChainStats(valid, **{name: torch.where(valid, value, 0.0) for name, value in values.items()})

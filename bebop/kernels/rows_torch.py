@@ -1,11 +1,12 @@
 """The row passes in PyTorch: a chunk of logits in, one number per row (or the row's gradient) out.
 
 Rows of student logits z and target logits t are fp32 and already divided by the temperature. Each function is
-compiled (torch.compile fuses the whole row pass, several times faster than eager on a CPU) where a C++ compiler exists,
-and runs eagerly otherwise. They know nothing of objectives: the gradient pass takes coefficients.
+compiled where torch.compile has what it needs (it fuses the whole row pass, several times faster than eager on a CPU), and
+runs eagerly otherwise. They know nothing of objectives: the gradient pass takes coefficients.
 """
 
 import functools
+import importlib.util
 import logging
 import os
 import shutil
@@ -22,6 +23,8 @@ def compile_unavailable_reason(device: torch.device, dtype: torch.dtype) -> str 
         return f"{dtype} rows are for tests only"
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         return "no C++ compiler found (install g++, or set CXX)"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     return None
 
 

@@ -109,11 +109,13 @@ def parse_config(arguments: list[str] | None = None) -> TrainConfig:
     parser = HfArgumentParser(TrainConfig, exit_on_error=False, allow_abbrev=False)  # type: ignore[arg-type]
     parser.add_argument("--config", help="YAML file with any of the keys below.")
     arguments = sys.argv[1:] if arguments is None else arguments
-    known, _ = parser.parse_known_args([a for a in arguments if a in ("-h", "--help")] or _config_option(arguments))
-    if known.config:
-        parser.set_defaults(**_read_yaml(Path(known.config)))
     try:
+        known, _ = parser.parse_known_args([a for a in arguments if a in ("-h", "--help")] or _config_option(arguments))
+        if known.config:
+            parser.set_defaults(**_read_yaml(Path(known.config)))
         namespace, unknown = parser.parse_known_args(arguments)
+    except InputError:
+        raise
     except Exception as error:  # argparse raises its own types for what it cannot convert
         raise InputError(f"command line: {error}") from None
     if unknown:

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from bebop.evaluation.acceptance import Acceptance
 from bebop.training.config import TrainConfig
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Metrics:
     """Writes metrics.jsonl, a record a step or evaluation, and passes numbers on to accelerate's tracker.
@@ -20,14 +22,15 @@ class Metrics:
 
     def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig):
         self.accelerator = accelerator
-        self.path = run / "metrics.jsonl"
+        self.path = run / METRICS_FILE
         if accelerator.log_with:
             accelerator.init_trackers("bebop", config=asdict(config), init_kwargs={"wandb": {"dir": str(run)}})
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after the step that a run resumes from."""
         if self.accelerator.is_main_process and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
             partial = self.path.with_name(self.path.name + ".partial")
             partial.write_text("".join(kept))
             partial.rename(self.path)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import get_scheduler
 
 from bebop.backbone import Backbone, load_tokenizer
 from bebop.data.batches import make_batch
-from bebop.data.rollouts import Rollout, check_rollouts, read_rollouts, split_held_out
+from bebop.data.rollouts import Rollout, check_rollouts, digest, read_rollouts, split_held_out
 from bebop.data.schedule import schedule
 from bebop.data.states import StateCache
 from bebop.errors import InputError
@@ -29,9 +30,15 @@ from bebop.heads.head import MTPHead
 from bebop.heads.loading import head_for, save_head
 from bebop.heads.targets import chain_targets
 from bebop.losses import LOSSES, ChainLoss
-from bebop.training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from bebop.training.checkpoint import (
+    check_position,
+    drop_checkpoints_after,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from bebop.training.config import TrainConfig
-from bebop.training.metrics import Metrics
+from bebop.training.metrics import METRICS_FILE, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,7 @@ def train(config: TrainConfig) -> None:
     Raises:
         InputError: a model, rollout file, head or key that does not fit; says which, and what to do.
     """
+    config.check()
     accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.output)
     _use_all_cores(accelerator)
     set_seed(config.seed)
@@ -59,7 +67,10 @@ def train(config: TrainConfig) -> None:
 
 
 def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which halves a run on two cores."""
+    """`accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which halves a run on two cores.
+
+    To use fewer, restrict the process (taskset, a container), which this respects.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() < cores:
         torch.set_num_threads(cores)
@@ -82,8 +93,8 @@ class _Run:
         bf16 = config.dtype == "bf16" or (config.dtype == "auto" and native_bf16(device))
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.resume_from = find_checkpoint(self.output, config.resume) if config.resume else None
-        if self.resume_from is None and self.output.exists() and any(self.output.iterdir()):
-            raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
+        if self.resume_from is None:
+            self._check_output()
 
         header, rollouts = read_rollouts(Path(config.rollouts))
         self.backbone = Backbone.load(config.backbone, self.dtype, device)
@@ -102,27 +113,54 @@ class _Run:
                 config.temperature,
             )
         self.data = _Data(*split_held_out(rollouts, config.held_out_share))
+        if self.resume_from is not None:
+            check_position(self.resume_from, self._position())
         for side, documents in (("training", self.data.train), ("held-out", self.data.held_out)):
             if not documents:
                 raise InputError(
                     f"{config.rollouts}: of {len(rollouts)} rollouts none is {side} at held_out_share "
                     f"{config.held_out_share}; sample more rollouts or change the share"
                 )
+            if (longest := max(len(r.response_ids) for r in documents)) <= config.draft_steps:
+                raise InputError(
+                    f"{config.rollouts}: the longest {side} response has {longest} tokens, too few for {config.draft_steps} "
+                    f"draft steps, which take {config.draft_steps + 1}; sample longer responses or lower draft_steps"
+                )
         attention = "flex_attention" if device.type == "cuda" else "sdpa"
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
         self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
-        self.interrupted = 0  # number of the signal that asked to stop
+        self.interrupted = 0  # number of the signal that asked this process to stop
+        self.stopping = False  # some process was asked to, and all know
+
+    def _check_output(self) -> None:
+        """A run that ended before its first checkpoint left a configuration and perhaps metrics; those may be replaced."""
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"output {self.output} is a file; expected a directory that this run may create")
+        there = {p.name for p in self.output.iterdir()} if self.output.exists() else set()
+        if there - {"config.yaml", METRICS_FILE}:
+            raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
+
+    def _position(self) -> dict[str, Any]:
+        """What decides which data come at which step: a checkpoint resumes only where all of it is the same."""
+        config = self.config
+        return {
+            "rollouts": digest(self.data.train),
+            "processes": self.accelerator.num_processes,
+            **{key: getattr(config, key) for key in ("seed", "accumulate", "tokens_per_micro_batch", "draft_steps")},
+        }
 
     def _loss(self, name: str) -> ChainLoss:
         return LOSSES[name](temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
 
     def go(self) -> None:
         config, accelerator = self.config, self.accelerator
-        steps = self._steps()
-        first = next(steps)  # refuses data that do not fill a step, before anything is written
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(config.as_yaml())
+        next(self._steps())  # refuses data that do not fill a step, before anything is written
+        accelerator.wait_for_everyone()  # everyone has looked at the output before it is written to
+        if accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            (self.output / "config.yaml").write_text(config.as_yaml())
+        accelerator.wait_for_everyone()
         self._log(
             f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, "
             f"head from {self.origin}, {len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
@@ -151,41 +189,40 @@ class _Run:
         start = 0
         if self.resume_from is not None:
             start = load_checkpoint(accelerator, self.resume_from)
-            self._log(f"resumed after step {start} from {self.resume_from}")
+            drop_checkpoints_after(accelerator, self.output, start)
             metrics.truncate(start)
+            self._log(f"resumed after step {start} from {self.resume_from}")
         else:
+            metrics.truncate(-1)
             metrics.evaluation(0, self._evaluate())
 
+        steps = islice(self._steps(), start, None)
         with (
             self._stop_on_signal(),
             tqdm(total=config.max_steps, initial=start, desc="training", disable=not accelerator.is_main_process) as bar,
         ):
-            step = 0
-            micro_batches = first
-            while step < config.max_steps and not self.interrupted:
-                if step >= start:
-                    objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
-                    values = self._optimiser_step(step, micro_batches, self.losses[objective], model, optimizer, scheduler)
-                    metrics.training(step + 1, {"objective": objective} | values)
-                    bar.set_postfix_str(
-                        f"{objective} {values['loss']:.4f}, accept length {values['accept_length']:.3f}, "
-                        f"{values['tokens_per_second']:.0f} tok/s"
-                    )
-                    bar.update()
-                    last = step + 1 == config.max_steps
-                    if config.evaluate_every and (step + 1) % config.evaluate_every == 0 and not last:
-                        metrics.evaluation(step + 1, self._evaluate())
-                    if (step + 1) % config.save_every == 0 or last:
-                        save_checkpoint(accelerator, self.output, step + 1, config.keep_checkpoints)
+            step = start
+            while step < config.max_steps and not self.stopping:
+                objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
+                values = self._optimiser_step(step, next(steps), self.losses[objective], model, optimizer, scheduler)
                 step += 1
-                micro_batches = next(steps)
-        if self.interrupted:
-            saved = save_checkpoint(accelerator, self.output, step, config.keep_checkpoints)
+                metrics.training(step, {"objective": objective} | values)
+                bar.set_postfix_str(
+                    f"{objective} {values['loss']:.4f}, accept length {values['accept_length']:.3f}, "
+                    f"{values['tokens_per_second']:.0f} tok/s"
+                )
+                bar.update()
+                last = step == config.max_steps
+                if config.evaluate_every and step % config.evaluate_every == 0 and not last:
+                    metrics.evaluation(step, self._evaluate())
+                if step % config.save_every == 0 or last:
+                    self._save(step)
+        if self.stopping:
+            saved = self._save(step)
             self._log(f"stopped after step {step}; go on with --resume auto (checkpoint {saved})")
-            raise SystemExit(130 if self.interrupted == signal.SIGINT else 0)
+            raise SystemExit(130 if self.interrupted == signal.SIGINT else 0)  # SIGTERM is how schedulers pre-empt
 
         metrics.evaluation(config.max_steps, self._evaluate())
-        metrics.close()
         if accelerator.is_main_process:
             facts = {
                 "backbone": config.backbone,
@@ -197,6 +234,7 @@ class _Run:
             save_head(accelerator.unwrap_model(model), self.output / "head", facts)
             write_report(self.output)
         accelerator.wait_for_everyone()
+        metrics.close()  # last: it takes the process group down
 
     def _steps(self) -> Iterator[list[list[list[int]]]]:
         return schedule(
@@ -208,6 +246,10 @@ class _Run:
             process=self.accelerator.process_index,
             seed=self.config.seed,
         )
+
+    def _save(self, step: int) -> Path:
+        position = self._position() | {"step": step}
+        return save_checkpoint(self.accelerator, self.output, position, self.config.keep_checkpoints)
 
     def _cache_states(self) -> None:
         data = self.data
@@ -224,9 +266,13 @@ class _Run:
         started = time.perf_counter()
         clock = _Clock(accelerator.device)
         batches = [make_batch(rows, self.data.train).to(accelerator.device) for rows in micro_batches]
-        # One normaliser for the whole step: valid pairs of all micro-batches of all processes.
+        # One normaliser for the whole step: valid pairs of all micro-batches of all processes. The interrupt travels along,
+        # so that all processes stop after the same step.
         pairs = sum(chain_targets(b.tokens, b.documents, b.supervised, config.draft_steps).valid.sum() for b in batches)
-        normaliser = accelerator.reduce(torch.as_tensor(pairs, dtype=torch.float64), "sum").clamp(min=1)
+        mine = torch.tensor([float(pairs), float(self.interrupted)], dtype=torch.float64, device=accelerator.device)
+        pairs_of_all, interrupts = accelerator.reduce(mine, "sum")
+        normaliser = pairs_of_all.clamp(min=1)
+        stop = bool(interrupts > 0)
 
         total_loss = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         sums: dict[str, torch.Tensor] = {}
@@ -274,6 +320,7 @@ class _Run:
             scheduler.step()
             optimizer.zero_grad()
 
+        self.stopping = stop
         sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
         realised = sums["realised"] / sums["pairs"].clamp(min=1)
         tokens = sum(int((b.documents >= 0).sum()) for b in batches) * accelerator.num_processes

@@ -36,9 +36,13 @@ def test_order_is_a_function_of_the_seed():
     assert plan_micro_batches(LENGTHS, 4096, True, generator(1)) != plan_micro_batches(LENGTHS, 4096, True, generator(2))
 
 
-def test_a_document_longer_than_the_budget_has_a_batch_of_its_own():
-    plan = plan_micro_batches([10, 500, 10], 100, False, generator())
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_document_longer_than_the_budget_has_a_batch_of_its_own(pack):
+    """And does not make the others' batches any larger."""
+    lengths = [10, 500, *[10] * 50]
+    plan = plan_micro_batches(lengths, 100, pack, generator())
     assert [[1]] in plan
+    assert all(sum(lengths[i] for i in row) <= 100 for rows in plan for row in rows if row != [1])
 
 
 def test_batch_tensors():
@@ -65,6 +69,14 @@ def test_epochs_differ_and_repeat_nothing_within():
     documents = [i for rows in first for row in rows for i in row]
     assert sorted(documents) == list(range(600))
     assert [next(steps)[0] for _ in range(3)] != first[:3]
+
+
+def test_a_plan_that_varies_from_epoch_to_epoch_never_runs_dry():
+    """The number of micro-batches of an epoch depends on the shuffle; a step's remainder goes into the next epoch."""
+    lengths = LENGTHS[:60]
+    first = plan_micro_batches(lengths, 1000, False, generator(0))
+    steps = schedule(lengths, tokens_per_micro_batch=1000, pack=False, accumulate=len(first), processes=1, process=0, seed=0)
+    assert all(len(step) == len(first) for step in itertools.islice(steps, 30))
 
 
 def test_too_few_documents_for_a_step_are_refused():

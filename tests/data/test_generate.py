@@ -8,7 +8,7 @@ from bebop.errors import InputError
 from tests.rollouts import CHAT_TEMPLATE, make_tokenizer
 from tests.tiny_models import make_model
 
-USER, ASSISTANT, END = 128, 129, 130
+EOS, USER, ASSISTANT, END = 2, 128, 129, 130
 
 
 def test_draw_follows_the_distribution():
@@ -27,7 +27,7 @@ def test_draw_follows_the_distribution():
 
 @pytest.fixture
 def model():
-    model = make_model("qwen2", pad_token_id=None)
+    model = make_model("qwen2", eos_token_id=EOS, max_position_embeddings=512)
     # A model that talks: every state likes to end the turn now and then.
     with torch.no_grad():
         model.lm_head.weight[:] *= 0.3
@@ -60,8 +60,10 @@ def test_rollouts_have_the_templates_form(model):
         assert END not in prompt[:-2]
         assert 1 <= len(prompt) - 3 < 60
         assert 1 <= len(rollout.response_ids) <= 30
-        assert END not in rollout.response_ids[:-1]
-        assert rollout.finish_reason == ("stop" if rollout.response_ids[-1] == END else "length")
+        assert not {END, EOS} & set(rollout.response_ids[:-1])
+        assert rollout.finish_reason == ("stop" if rollout.response_ids[-1] in (END, EOS) else "length")
+    # An answer ends at any of the model's end tokens, as in an engine, and at the template's.
+    assert {END, EOS} <= {r.response_ids[-1] for r in rollouts}
     assert {r.finish_reason for r in rollouts} == {"stop", "length"}
 
 
@@ -96,6 +98,11 @@ def test_seed_decides(model):
 
     assert first(1) == first(1)
     assert first(1) != first(2)
+
+
+def test_more_tokens_than_the_model_takes_are_refused(model):
+    with pytest.raises(InputError, match="may take 867 tokens with the chat template, the model takes 512"):
+        next(generate_rollouts(model, make_tokenizer(CHAT_TEMPLATE), count=1, temperature=1.0, max_response_tokens=800))
 
 
 def test_model_without_a_chat_template_is_refused(model):

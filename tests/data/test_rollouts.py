@@ -25,7 +25,7 @@ def test_file_appears_only_when_complete(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_rollouts(path, HEADER, breaks_off())
-    assert not path.exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def _record(**changes):
@@ -43,6 +43,8 @@ def _record(**changes):
         (["HEADER", '{"prompt_ids": [1]}'], r":2: response_ids is missing"),
         (["HEADER", _record(prompt_ids=[50])], r":2: prompt_ids has an id that is no integer from 0 to 49"),
         (["HEADER", _record(response_ids=["a"])], r":2: response_ids has an id"),
+        (["HEADER", _record(response_ids=[True])], r":2: response_ids has an id"),
+        ([json.dumps({"bebop_rollouts": 1, **vars(HEADER)} | {"vocab_size": "50"}), _record()], r":1: vocab_size is '50'"),
         (["HEADER", "[1, 2]"], r":2: expected a JSON object"),
         (['{"bebop_rollouts": 1, "model": "m"}', _record()], r":1: the header does not fit"),
     ],

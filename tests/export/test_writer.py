@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from bebop.backbone import Backbone
 from bebop.errors import InputError
 from bebop.export import writer
-from bebop.export.serving import vllm_command
+from bebop.export.serving import splits_text_differently, vllm_command
 from bebop.export.writer import export_head
 from bebop.heads.loading import head_for, save_head
 from tests.rollouts import make_tokenizer
@@ -126,6 +126,15 @@ def test_serve_command_asks_for_probabilistic_drafts():
     command = vllm_command("out", 3)
     options = json.loads(command.partition("--speculative-config ")[2].strip("'"))
     assert options == {"method": "mtp", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
+
+
+def test_a_tokenizer_that_engines_read_otherwise_is_noticed(tmp_path):
+    """transformers gives every qwen2 directory Qwen2's pre-tokeniser; the word-level one of the tests is none."""
+    for kind in ("qwen2", "llama"):
+        make_checkpoint(tmp_path / kind, kind)
+        make_tokenizer().save_pretrained(tmp_path / kind)
+    assert splits_text_differently(tmp_path / "qwen2")
+    assert not splits_text_differently(tmp_path / "llama")
 
 
 def test_export_of_the_same_head_for_its_own_backbone(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -153,8 +154,67 @@ def test_interrupt_leaves_a_checkpoint_to_go_on_from(config, tmp_path):
     assert [r["step"] for r in records(config, "training")] == list(range(1, done + 3))
 
 
+def _truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _in_rollouts(config, old, new):
+    path = Path(config.rollouts)
+    path.write_text(path.read_text().replace(old, new))
+
+
 def _bad_head(config, tmp_path):
     config.head = str(tmp_path / "no-such-head")
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_may_be_started_again(config):
+    run = Path(config.output)
+    run.mkdir()
+    (run / "config.yaml").write_text("left: behind")
+    (run / "metrics.jsonl").write_text('{"step": 0, "kind": "evaluation"}\n{"step": 1, "ki')
+    config.max_steps = 1
+    train(config)
+    assert [r["step"] for r in records(config, "evaluation")] == [0, 1]
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("tokens_per_micro_batch", 100), ("held_out_share", 0.5)])
+def test_resuming_with_other_data_is_refused(key, value, config):
+    """The steps behind the checkpoint saw other data than this run would have; going on would pretend otherwise."""
+    train(config)
+    config.resume = "auto"
+    setattr(config, key, value)
+    with pytest.raises(InputError, match="rollouts" if key == "held_out_share" else key):
+        train(config)
+
+
+def test_resuming_from_an_older_checkpoint_drops_the_newer(config):
+    train(config)
+    checkpoints = Path(config.output) / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000004", "step-000006"]
+    config.resume, config.max_steps = str(checkpoints / "step-000004"), 5
+    train(config)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_two_processes_train_the_same_head_as_one(tmp_path):
+    """One step's micro-batches on one process, and shared out to two: same data, same normaliser, same head."""
+    single = make_config(tmp_path, "qwen2", accumulate=2, tokens_per_micro_batch=100)
+    train(single)
+    double = dataclasses.replace(single, accumulate=1, output=str(tmp_path / "double"))
+    (tmp_path / "c.yaml").write_text(double.as_yaml())
+    root = Path(__file__).parents[2]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [sys.executable, *launch, "recipes/train_mtp.py", "--config", str(tmp_path / "c.yaml")],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert [r["chains"] for r in records(double, "training")] == [r["chains"] for r in records(single, "training")]
+    for name, tensor in trained(single).items():
+        torch.testing.assert_close(trained(double)[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
 def _not_empty(config, tmp_path):
@@ -174,6 +234,15 @@ def _not_empty(config, tmp_path):
         (lambda c, t: setattr(c, "resume", str(t)), "is not a complete checkpoint"),
         (_bad_head, "has no head.safetensors"),
         (_not_empty, "exists and is not empty"),
+        (lambda c, t: setattr(c, "output", c.rollouts), "is a file"),
+        (lambda c, t: setattr(c, "draft_steps", 0), "draft_steps is 0"),
+        (lambda c, t: setattr(c, "draft_steps", 22), "too few for 22 draft steps"),
+        (lambda c, t: _truncate(Path(c.backbone) / "model.safetensors"), "damaged or truncated"),
+        (lambda c, t: _truncate(Path(c.backbone) / "tokenizer.json"), "tokenizer.json is damaged"),
+        (lambda c, t: _truncate(Path(c.rollouts)), "truncated"),
+        (lambda c, t: Path(c.rollouts).write_bytes(b"PAR1\xff\xfe"), "is not a text file"),
+        (lambda c, t: _in_rollouts(c, '"vocab_size": 131', '"vocab_size": 150'), "the backbone has 131"),
+        (lambda c, t: _in_rollouts(c, '"tokenizer_hash": "', '"tokenizer_hash": "0'), "another tokenizer"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(change, message, config, tmp_path):
@@ -202,22 +271,19 @@ def test_metrics_reach_the_tracker(tracker, files, config, monkeypatch):
 
 def test_errors_are_one_line(tmp_path):
     root = Path(__file__).parents[2]
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--cpu"]
+    options = ["--backbone", "nothing", "--rollouts", "r", "--output", str(tmp_path / "o")]
     result = subprocess.run(
-        [
-            sys.executable,
-            "recipes/train_mtp.py",
-            "--backbone",
-            "nothing",
-            "--rollouts",
-            "r",
-            "--output",
-            str(tmp_path / "o"),
-        ],
+        [sys.executable, *launch, "recipes/train_mtp.py", *options],
         cwd=root,
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(root)},
     )
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: rollout file r does not exist; write one with recipes/generate_rollouts.py"
+    # Before it, the launcher lists the defaults it chose.
+    assert "Traceback" not in result.stderr
+    assert (
+        result.stderr.splitlines()[-1] == "error: rollout file r does not exist; write one with recipes/generate_rollouts.py"
+    )
     assert not (tmp_path / "o").exists()

@@ -102,8 +102,6 @@ MIMO = Family(
     announced_by=("num_nextn_predict_layers",),
 )
 
-FAMILIES = {family.name: family for family in (QWEN3_5, QWEN3_NEXT, MIMO)}
-
 _BY_MODEL_TYPE = {
     "qwen2": MIMO,
     "llama": MIMO,
