@@ -123,8 +123,8 @@ def cold_start(head: MTPHead, backbone: Backbone) -> None:
     """Initialise the head from the backbone: last full-attention layer, final norm, a projection that passes h through.
 
     Both inputs of the projection are scaled to the residual stream that the copied layer was trained on, and the embedding's
-    half of it starts at zero. With the embedding left at scale 1 its half learns too slowly beside the hidden state's: after
-    the same 30 steps of the demo, accept length 1.13 instead of 1.24 (benchmarks/cold_start.py).
+    half of it starts at zero. With the embedding left at scale 1 its half learns too slowly beside the hidden state's:
+    benchmarks/RESULTS.md.
     """
     family = backbone.family
     layer_types = getattr(backbone.config, "layer_types", None) or ["full_attention"] * backbone.config.num_hidden_layers
