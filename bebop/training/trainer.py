@@ -1,7 +1,6 @@
 """The training run: attach a head to a frozen backbone, measure, train, measure again, and leave a report."""
 
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -38,19 +37,12 @@ from bebop.training.checkpoint import (
     save_checkpoint,
 )
 from bebop.training.config import TrainConfig
+from bebop.training.machine import Clock, native_bf16, use_all_cores
 from bebop.training.metrics import METRICS_FILE, Metrics
 
 logger = logging.getLogger(__name__)
 
 _SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32 ones on this device."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
-    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
 def train(config: TrainConfig) -> None:
@@ -61,19 +53,9 @@ def train(config: TrainConfig) -> None:
     """
     config.check()
     accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.output)
-    _use_all_cores(accelerator)
+    use_all_cores(accelerator)
     set_seed(config.seed)
     _Run(config, accelerator).go()
-
-
-def _use_all_cores(accelerator: Accelerator) -> None:
-    """`accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which halves a run on two cores.
-
-    To use fewer, restrict the process (taskset, a container), which this respects.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() < cores:
-        torch.set_num_threads(cores)
 
 
 @dataclass
@@ -264,7 +246,7 @@ class _Run:
     ) -> dict[str, Any]:
         accelerator, config = self.accelerator, self.config
         started = time.perf_counter()
-        clock = _Clock(accelerator.device)
+        clock = Clock(accelerator.device)
         batches = [make_batch(rows, self.data.train).to(accelerator.device) for rows in micro_batches]
         # One normaliser for the whole step: valid pairs of all micro-batches of all processes. The interrupt travels along,
         # so that all processes stop after the same step.
@@ -372,23 +354,3 @@ class _Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class _Clock:
-    """Seconds spent in the named parts of a step."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.spent: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        self._wait()
-        started = time.perf_counter()
-        yield
-        self._wait()
-        self.spent[part] = self.spent.get(part, 0.0) + time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
