@@ -50,7 +50,8 @@ def linear_chain_loss(
         normaliser: divides the sum; the number of valid pairs if None. Pass the count of the whole optimiser step when
             it is split over micro-batches or ranks.
         temperature: divides both sides' logits.
-        chunk_bytes: budget for the logits of one chunk (one anchor at least).
+        chunk_bytes: budget for the logits of one chunk (one anchor at least). It assumes that neighbouring chains share
+            target rows, as chains of a text do; rows that no two chains share take up to twice as much.
 
     Returns:
         loss: scalar, 0 connected to the graph when no pair is valid.
