@@ -93,8 +93,24 @@ class ChainLoss(nn.Module):
     ) -> Tensor:
         """The same loss from materialised logits [K, N, V], by plain autograd: for small vocabularies and tests.
 
-        `tokens` [K, N] is needed by objectives that read the text (cross entropy); `options` go to the objective.
+        A class method: the temperature and other options are given here, and those of an instance do not matter. `tokens`
+        [K, N] is needed by objectives that read the text (cross entropy); `options` go to the objective's constructor.
+
+        Returns:
+            the loss, a scalar.
+
+        Raises:
+            ValueError: shapes that do not fit, or tokens that are missing.
         """
+        if draft_logits.ndim != 3 or draft_logits.shape != target_logits.shape:
+            raise ValueError(
+                f"draft_logits {tuple(draft_logits.shape)} and target_logits {tuple(target_logits.shape)} do not fit; expected "
+                "[K, N, V] both (for target logits [M, V] pass target_logits[target_rows])"
+            )
+        if valid is not None and bool((valid[1:] & ~valid[:-1]).any()):
+            raise ValueError(
+                "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
+            )
         objective = cls(temperature=temperature, **options)
         if tokens is None and "log_q" in cls.statistics:
             raise ValueError(f"{cls.__name__} reads the text's tokens; pass tokens=[K, N]")

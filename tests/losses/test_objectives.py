@@ -102,6 +102,16 @@ def test_loss_is_what_rejection_sampling_does(logits):
     assert abs(counted.mean() - expected) < 4 * counted.std() / trials**0.5
 
 
+def test_logits_that_do_not_fit_are_refused(logits):
+    draft, target = logits
+    with pytest.raises(ValueError, match=r"target_logits\[target_rows\]"):
+        E2ETVLoss.from_logits(draft, target[0])
+    valid = torch.ones(K, N, dtype=torch.bool)
+    valid[1] = False
+    with pytest.raises(ValueError, match="not a prefix"):
+        E2ETVLoss.from_logits(draft, target, valid=valid)
+
+
 def test_text_is_asked_for_where_it_is_needed(logits):
     with pytest.raises(ValueError, match="CrossEntropyLoss reads the text's tokens"):
         CrossEntropyLoss.from_logits(*logits)
