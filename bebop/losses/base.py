@@ -104,8 +104,8 @@ class ChainLoss(nn.Module):
         """
         if draft_logits.ndim != 3 or draft_logits.shape != target_logits.shape:
             raise ValueError(
-                f"draft_logits {tuple(draft_logits.shape)} and target_logits {tuple(target_logits.shape)} do not fit; expected "
-                "[K, N, V] both (for target logits [M, V] pass target_logits[target_rows])"
+                f"draft_logits {tuple(draft_logits.shape)} and target_logits {tuple(target_logits.shape)} do not fit; "
+                "expected [K, N, V] both (for target logits [M, V] pass target_logits[target_rows])"
             )
         if valid is not None and bool((valid[1:] & ~valid[:-1]).any()):
             raise ValueError(
