@@ -1,12 +1,13 @@
 """Random chains: everything a `ChainLoss` takes, with drafts near the target, cut-short chains and unused anchors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from bebop.kernels import ChainStats
 from bebop.kernels.reference import chain_statistics
-from bebop.losses import ChainLoss
+from bebop.losses import ChainLoss, WeightedSumLoss
 
 
 @dataclass
@@ -17,6 +18,12 @@ class Chains:
     target_rows: Tensor  # [K, N]
     tokens: Tensor  # [K, N]
     valid: Tensor  # [K, N]
+    documents: Tensor  # [N]
+
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """What a `ChainLoss` takes besides the hidden states and the weight."""
+        return {**self.indices, "documents": self.documents}
 
     @property
     def indices(self) -> dict[str, Tensor]:
@@ -28,9 +35,15 @@ class Chains:
         draft = torch.where(self.valid.unsqueeze(-1), self.draft_hidden.to(dtype), 0.0)
         return draft @ weight.T, (self.target_hidden.to(dtype) @ weight.T)[self.target_rows]
 
-    def oracle(self, temperature: float = 1.0):
+    def oracle(self, temperature: float | Tensor = 1.0, top_k: int | None = None) -> ChainStats:
         """ChainStats in float64."""
-        return chain_statistics(*self.logits(), self.tokens, self.valid, temperature)
+        safe = self.safe()
+        return chain_statistics(*safe.logits(), safe.tokens, safe.valid, temperature, safe.documents, top_k)
+
+    def safe(self) -> "Chains":
+        """The same with indices that point somewhere where nothing is valid."""
+        rows, tokens = (x.masked_fill(~self.valid, 0) for x in (self.target_rows, self.tokens))
+        return replace(self, target_rows=rows, tokens=tokens)
 
 
 def make_chains(
@@ -60,22 +73,25 @@ def make_chains(
     tokens = torch.randint(0, vocabulary, (steps, anchors), generator=generator)
     tokens[~valid] = -7
     target_rows = target_rows.masked_fill(~valid, 10**9)
-    chains = Chains(draft_hidden, target_hidden, weight, target_rows, tokens, valid)
-    return chains
+    documents = torch.arange(anchors) // 13
+    return Chains(draft_hidden, target_hidden, weight, target_rows, tokens, valid, documents)
 
 
 def oracle_gradient(
-    chains: Chains, loss_class: type[ChainLoss], temperature: float = 1.0, dtype: torch.dtype = torch.float64
+    chains: Chains, loss_fn: ChainLoss, temperature: float | Tensor = 1.0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient [K, N, d] by plain autograd on materialised logits; in float64 that is the oracle."""
-    safe = Chains(
-        chains.draft_hidden.detach().to(dtype).requires_grad_(),
-        chains.target_hidden,
-        chains.weight,
-        chains.target_rows.masked_fill(~chains.valid, 0),
-        chains.tokens.masked_fill(~chains.valid, 0),
-        chains.valid,
+    safe = chains.safe()
+    draft = safe.draft_hidden = chains.draft_hidden.detach().to(dtype).requires_grad_()
+    options = {"terms": loss_fn.terms} if isinstance(loss_fn, WeightedSumLoss) else {}
+    loss = type(loss_fn).from_logits(
+        *safe.logits(dtype),
+        tokens=safe.tokens,
+        valid=safe.valid,
+        documents=safe.documents,
+        temperature=temperature,
+        top_k=loss_fn.top_k,
+        **options,
     )
-    loss = loss_class.from_logits(*safe.logits(dtype), tokens=safe.tokens, valid=safe.valid, temperature=temperature)
     loss.backward()
-    return loss.detach(), safe.draft_hidden.grad
+    return loss.detach(), draft.grad

@@ -15,6 +15,9 @@ from bebop.heads.draft import draft
 from bebop.heads.head import MTPHead
 from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_statistics
 from bebop.kernels.stats import ChainStats
+from bebop.losses.realised import reach_probability, realised_acceptance
+
+_STATISTICS = ("kl", "target_entropy", "alpha_target_only", "target_only_hit")
 
 
 @dataclass
@@ -61,15 +64,11 @@ class Acceptance:
 
 def pair_values(stats: ChainStats) -> dict[str, Tensor]:
     """What is averaged over valid pairs for each step: tensors [K, N] under the names of `Acceptance`."""
-    # Where a pair is not valid log q = log p = 0, which would read as certain acceptance; those pairs are masked later.
-    accepts = (stats.log_q - stats.log_p).clamp(max=0).exp()
-    reached = torch.cat([torch.ones_like(accepts[:1]), accepts[:-1]]).cumprod(0)
-    values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": reached * stats.alpha}
+    realised = reach_probability(realised_acceptance(stats)) * stats.alpha
+    values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": realised}
     if "target_only_hit" in stats.values:
-        hit = stats.target_only_hit
-        reached = torch.cat([torch.ones_like(hit[:1]), hit[:-1]]).cumprod(0)
         values["alpha_target_only"] = stats.alpha_target_only
-        values["realised_target_only"] = reached * stats.alpha_target_only
+        values["realised_target_only"] = reach_probability(stats.target_only_hit) * stats.alpha_target_only
     return values | {name: stats.values[name] for name in ("kl", "target_entropy") if name in stats.values}
 
 
@@ -142,6 +141,7 @@ def evaluate(
                 target,
                 backbone.lm_head_weight,
                 **targets._asdict(),
+                statistics=_STATISTICS,
                 temperature=temperature,
                 chunk_bytes=chunk_bytes,
             )

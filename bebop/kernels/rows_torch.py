@@ -1,8 +1,9 @@
-"""The row passes in PyTorch: a chunk of logits in, one number per row (or the row's gradient) out.
+"""The row passes in PyTorch: rows of logits in, one number per row (or the rows' gradient) out.
 
-Rows of student logits z and target logits t are fp32 and already divided by the temperature. Each function is
-compiled where torch.compile has what it needs (it fuses the whole row pass, several times faster than eager on a CPU), and
-runs eagerly otherwise. They know nothing of objectives: the gradient pass takes coefficients.
+Row r compares draft logits z[r] with target logits t[index[r]], both [*, V] in fp32 (fp64 in tests), after both are
+multiplied by scale[r], the inverse temperature. Each pass is compiled where torch.compile has what it needs (several times
+faster than eager on a CPU), and runs eagerly otherwise. `rows_triton.py` has the same functions. They know nothing of
+objectives: the gradient pass takes coefficients.
 """
 
 import functools
@@ -50,38 +51,71 @@ def _row_pass(function):
 
 
 @_row_pass
-def log_sum_exp(z: Tensor) -> Tensor:
-    """log sum_v exp z_v of every row: [R, V] -> [R]."""
-    return torch.logsumexp(z, dim=-1)
+def log_sum_exp(x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    """log sum_v exp(scale[r] x[index[r], v]): [U, V], [R], [R] -> [R]."""
+    return torch.logsumexp(x[index] * scale[:, None], dim=-1)
+
+
+def statistics(
+    z: Tensor, t: Tensor, index: Tensor, scale: Tensor, lse_z: Tensor, lse_t: Tensor, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """Sums over the vocabulary [R] by name: those of `names` among alpha, kl, reverse_kl, target_entropy, draft_entropy.
+
+    `below`, the draft's mass where q < p, comes with alpha.
+    """
+    rows = (z, t, index, scale, lse_z, lse_t)
+    found = {name: one_pass(*rows) for name, one_pass in _SUMS.items() if name in names}
+    if "alpha" in names:
+        found["alpha"], found["below"] = _overlap(*rows)
+    return found
+
+
+def _log_probabilities(z, t, index, scale, lse_z, lse_t) -> tuple[Tensor, Tensor]:
+    # The same operations in the same order on both sides, so that equal logits compare as equal.
+    return z * scale[:, None] - lse_z[:, None], t[index] * scale[:, None] - lse_t[:, None]
 
 
 @_row_pass
-def overlap(z: Tensor, t: Tensor, index: Tensor, lse_z: Tensor, lse_t: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha = sum_v min(p, q), and S = the draft's mass where q < p.
-
-    z is [R, V], t is [U, V] and row r of z is compared with row index[r] of t; lse_z [R], lse_t [U]. Returns two [R].
-    """
-    log_q = z - lse_z[:, None]
-    log_p = (t - lse_t[:, None])[index]
+def _overlap(z, t, index, scale, lse_z, lse_t):
+    log_q, log_p = _log_probabilities(z, t, index, scale, lse_z, lse_t)
     smaller = torch.minimum(log_q, log_p).exp()
     return smaller.sum(-1), torch.where(log_q < log_p, smaller, 0.0).sum(-1)
 
 
 @_row_pass
-def kl_divergence(z: Tensor, t: Tensor, index: Tensor, lse_z: Tensor, lse_t: Tensor) -> Tensor:
-    """KL(p, q) of every row, with 0 log 0 = 0. Shapes as in `overlap`; returns [R]."""
-    log_q = z - lse_z[:, None]
-    log_p = (t - lse_t[:, None])[index]
+def _kl(z, t, index, scale, lse_z, lse_t):
+    log_q, log_p = _log_probabilities(z, t, index, scale, lse_z, lse_t)
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1)
 
 
 @_row_pass
-def entropy(t: Tensor, lse_t: Tensor) -> Tensor:
-    """Entropy of every row's softmax, in nats: [U, V], [U] -> [U]."""
-    log_p = t - lse_t[:, None]
+def _reverse_kl(z, t, index, scale, lse_z, lse_t):
+    log_q, log_p = _log_probabilities(z, t, index, scale, lse_z, lse_t)
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - log_p), 0.0).sum(-1)
+
+
+@_row_pass
+def _target_entropy(z, t, index, scale, lse_z, lse_t):
+    log_p = t[index] * scale[:, None] - lse_t[:, None]
     p = log_p.exp()
     return -torch.where(p > 0, p * log_p, 0.0).sum(-1)
+
+
+@_row_pass
+def _draft_entropy(z, t, index, scale, lse_z, lse_t):
+    log_q = z * scale[:, None] - lse_z[:, None]
+    q = log_q.exp()
+    return -torch.where(q > 0, q * log_q, 0.0).sum(-1)
+
+
+_SUMS = {
+    "kl": _kl,
+    "reverse_kl": _reverse_kl,
+    "target_entropy": _target_entropy,
+    "draft_entropy": _draft_entropy,
+}
 
 
 @_row_pass
@@ -89,31 +123,33 @@ def gradient(
     z: Tensor,
     t: Tensor,
     index: Tensor,
+    scale: Tensor,
     lse_z: Tensor,
     lse_t: Tensor,
     out: Tensor,
-    below: Tensor,
-    c_alpha: Tensor | None,
     tokens: Tensor,
-    c_kl: Tensor | None,
-    c_log_q: Tensor | None,
+    on_q: Tensor,
+    on_below: Tensor | None,
+    on_p: Tensor | None,
+    on_log_ratio: Tensor | None,
+    on_token: Tensor | None,
 ) -> None:
-    """Write sum_s c_s ds/dz for s in (alpha, KL, log q(x)) into out [R, V], in out's dtype; out may be z itself.
+    """Write q (on_q + on_below 1[q < p] + on_log_ratio log(q/p)) + on_p p + on_token 1[v = token] into out [R, V].
 
-    below is S of `overlap`; tokens [R] the text's tokens x; a coefficient [R] is None where the objective has no such
-    term. With strict "<" for ties (Eq. 11 of arXiv 2606.12370 for alpha, textbook for the others):
-
-        dalpha/dz_j = q_j (1[q_j < p_j] - S),   dKL/dz_j = q_j - p_j,   dlog q(x)/dz_j = 1[j = x] - q_j.
+    All closed forms are of this shape, see `chunked_op.row_coefficients`. Coefficients are [R], None where they are all
+    0; tokens [R] are columns, -1 for none. out has any dtype and may be z itself.
     """
-    log_q = z - lse_z[:, None]
-    log_p = (t - lse_t[:, None])[index]
+    log_q, log_p = _log_probabilities(z, t, index, scale, lse_z, lse_t)
     q = log_q.exp()
-    g = torch.zeros_like(q)
-    if c_alpha is not None:
-        g = q * (c_alpha[:, None] * ((log_q < log_p).to(q.dtype) - below[:, None]))
-    if c_kl is not None:
-        g = g + c_kl[:, None] * (q - log_p.exp())
-    if c_log_q is not None:
+    factor = on_q[:, None]
+    if on_below is not None:
+        factor = factor + on_below[:, None] * (log_q < log_p).to(q.dtype)
+    if on_log_ratio is not None:
+        factor = factor + on_log_ratio[:, None] * torch.where(q > 0, log_q - log_p, 0.0)
+    g = q * factor
+    if on_p is not None:
+        g = g + on_p[:, None] * log_p.exp()
+    if on_token is not None:
         is_token = torch.arange(z.shape[1], device=z.device) == tokens[:, None]
-        g = g + c_log_q[:, None] * (is_token.to(q.dtype) - q)
+        g = g + on_token[:, None] * is_token.to(q.dtype)
     out.copy_(g)

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 # What the op can compute per (step, chain) pair. The first group carries gradient to the draft.
-DIFFERENTIABLE = ("alpha", "kl", "log_q")
-STATISTICS = (*DIFFERENTIABLE, "log_p", "target_entropy", "alpha_target_only", "target_only_hit")
+DIFFERENTIABLE = ("alpha", "kl", "reverse_kl", "log_q")
+STATISTICS = (*DIFFERENTIABLE, "log_p", "target_entropy", "draft_entropy", "alpha_target_only", "target_only_hit")
 
 
 class ChainStats:
@@ -15,11 +15,14 @@ class ChainStats:
 
     Attributes:
         valid: bool, which pairs count. Valid steps of a chain are a prefix: a chain may be cut short, not interrupted.
+        documents: [N] int64, which document each chain belongs to, or None; only objectives that couple chains need it.
         alpha: probability that rejection sampling accepts the draft, sum_v min(p_v, q_v) (Eq. 8 of arXiv 2606.12370).
         log_q: log q(x), in nats.
         log_p: log p(x), in nats.
         kl: KL(p, q), in nats.
+        reverse_kl: KL(q, p), in nats.
         target_entropy: entropy of p, in nats.
+        draft_entropy: entropy of q, in nats.
         alpha_target_only: p(argmax q), acceptance of greedy drafts (Eq. 1).
         target_only_hit: 1 where x = argmax q, else 0.
         values: the statistics that were computed, by name.
@@ -29,12 +32,15 @@ class ChainStats:
     log_q: Tensor
     log_p: Tensor
     kl: Tensor
+    reverse_kl: Tensor
     target_entropy: Tensor
+    draft_entropy: Tensor
     alpha_target_only: Tensor
     target_only_hit: Tensor
 
-    def __init__(self, valid: Tensor, **values: Tensor):
+    def __init__(self, valid: Tensor, documents: Tensor | None = None, **values: Tensor):
         self.valid = valid
+        self.documents = documents
         self.values = values
 
     def __getattr__(self, name: str) -> Tensor:
@@ -43,3 +49,7 @@ class ChainStats:
         if name not in STATISTICS:
             raise AttributeError(f"ChainStats has no {name!r}; the statistics are {', '.join(STATISTICS)}")
         return self.values[name]
+
+    def detach(self) -> "ChainStats":
+        """The same numbers without their graph, for logging."""
+        return ChainStats(self.valid, self.documents, **{name: value.detach() for name, value in self.values.items()})

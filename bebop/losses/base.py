@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_loss
+from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_loss, linear_chain_statistics
 from bebop.kernels.reference import chain_statistics
 from bebop.kernels.stats import ChainStats
 
@@ -25,14 +26,32 @@ class ChainLoss(nn.Module):
     Args:
         temperature: divides draft and target logits; the temperature at which the head will serve.
         chunk_bytes: budget for the logits of one chunk.
+        top_k: restrict the vocabulary to the target's top_k tokens, an approximation to study, not to train with;
+            see `bebop.kernels.linear_chain_loss`.
+        vocabulary_group: the processes over which the lm_head is split by rows, if it is; see there.
+
+    Attributes:
+        statistics: names of the statistics that `pair_loss` differentiates or reads besides log_q and log_p.
+        couples_chains: whether `pair_loss` of a chain depends on other chains. It is then called once with all N chains,
+            and the op keeps K N d numbers for each of alpha, kl, reverse_kl and log_q in `statistics`.
     """
 
     statistics: tuple[str, ...] = ("alpha",)
+    couples_chains = False
 
-    def __init__(self, temperature: float = 1.0, chunk_bytes: int = DEFAULT_CHUNK_BYTES):
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        top_k: int | None = None,
+        vocabulary_group: dist.ProcessGroup | None = None,
+    ):
         super().__init__()
         self.temperature = temperature
         self.chunk_bytes = chunk_bytes
+        self.top_k = top_k
+        self.vocabulary_group = vocabulary_group
 
     def pair_loss(self, stats: ChainStats) -> Tensor:
         """Loss of every pair [K, N], a differentiable function of `stats`; what it says of invalid pairs is ignored."""
@@ -47,7 +66,9 @@ class ChainLoss(nn.Module):
         target_rows: Tensor,
         tokens: Tensor,
         valid: Tensor,
+        documents: Tensor | None = None,
         normaliser: Tensor | float | None = None,
+        temperature: float | Tensor | None = None,
     ) -> ChainLossOutput:
         """Loss straight from hidden states, without logits of more than one chunk.
 
@@ -58,26 +79,32 @@ class ChainLoss(nn.Module):
             target_rows: [K, N] int64, the row of `target_hidden` that predicts the same token as step k of chain n.
             tokens: [K, N] int64, that token in the text.
             valid: [K, N] bool, which pairs count; valid steps of a chain are a prefix.
+            documents: [N] int64, the document of each chain; only objectives that couple chains need it.
             normaliser: divides the sum over valid pairs; their number if None. With gradient accumulation or data
                 parallelism pass the number of valid pairs of the whole optimiser step.
+            temperature: in place of the constructor's; [N] for one per chain.
 
         Raises:
             ValueError: arguments that do not fit, see `bebop.kernels.linear_chain_loss`.
         """
-        loss, stats = linear_chain_loss(
-            draft_hidden,
-            target_hidden,
-            lm_head_weight,
-            target_rows=target_rows,
-            tokens=tokens,
-            valid=valid,
-            objective=self.pair_loss,
-            statistics=self.statistics,
-            normaliser=normaliser,
-            temperature=self.temperature,
-            chunk_bytes=self.chunk_bytes,
-        )
-        return ChainLossOutput(loss, stats)
+        options = {
+            "target_rows": target_rows,
+            "tokens": tokens,
+            "valid": valid,
+            "statistics": self.statistics,
+            "temperature": self.temperature if temperature is None else temperature,
+            "chunk_bytes": self.chunk_bytes,
+            "top_k": self.top_k,
+            "vocabulary_group": self.vocabulary_group,
+        }
+        if not self.couples_chains:
+            loss, stats = linear_chain_loss(
+                draft_hidden, target_hidden, lm_head_weight, objective=self.pair_loss, normaliser=normaliser, **options
+            )
+            return ChainLossOutput(loss, stats)
+        stats = linear_chain_statistics(draft_hidden, target_hidden, lm_head_weight, **options)
+        stats.documents = documents
+        return ChainLossOutput(self._mean(stats, normaliser), stats.detach())
 
     @classmethod
     def from_logits(
@@ -87,8 +114,9 @@ class ChainLoss(nn.Module):
         *,
         tokens: Tensor | None = None,
         valid: Tensor | None = None,
+        documents: Tensor | None = None,
         normaliser: Tensor | float | None = None,
-        temperature: float = 1.0,
+        temperature: float | Tensor = 1.0,
         **options,
     ) -> Tensor:
         """The same loss from materialised logits [K, N, V], by plain autograd: for small vocabularies and tests.
@@ -111,10 +139,13 @@ class ChainLoss(nn.Module):
             raise ValueError(
                 "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
             )
-        objective = cls(temperature=temperature, **options)
-        if tokens is None and "log_q" in cls.statistics:
+        objective = cls(**options)
+        if tokens is None and "log_q" in objective.statistics:
             raise ValueError(f"{cls.__name__} reads the text's tokens; pass tokens=[K, N]")
-        stats = chain_statistics(draft_logits, target_logits, tokens, valid, temperature)
+        stats = chain_statistics(draft_logits, target_logits, tokens, valid, temperature, documents, objective.top_k)
+        return objective._mean(stats, normaliser)
+
+    def _mean(self, stats: ChainStats, normaliser: Tensor | float | None) -> Tensor:
         if normaliser is None:
             normaliser = stats.valid.sum().clamp(min=1)
-        return torch.where(stats.valid, objective.pair_loss(stats), 0.0).sum() / normaliser
+        return torch.where(stats.valid, self.pair_loss(stats), 0.0).sum() / normaliser

@@ -1,4 +1,4 @@
-"""Forward KL divergence from target to draft: distillation with the full vocabulary."""
+"""Kullback-Leibler divergences between target and draft: distillation with the full vocabulary."""
 
 from torch import Tensor
 
@@ -13,3 +13,12 @@ class ForwardKLLoss(ChainLoss):
 
     def pair_loss(self, stats: ChainStats) -> Tensor:
         return stats.kl
+
+
+class ReverseKLLoss(ChainLoss):
+    """mean_k KL(q_k, p_k) per chain, in nats."""
+
+    statistics = ("reverse_kl",)
+
+    def pair_loss(self, stats: ChainStats) -> Tensor:
+        return stats.reverse_kl

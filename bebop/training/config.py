@@ -11,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from bebop.errors import InputError
-from bebop.losses import LOSSES
+from bebop.losses import LOSSES, loss_by_name
 
 TRACKERS = ("none", "wandb", "tensorboard")
 DTYPES = ("auto", "bf16", "fp32")
@@ -34,7 +34,7 @@ class TrainConfig:
     draft_steps: int = _option(3, "K, draft steps of a chain in training and evaluation.")
     temperature: float = _option(1.0, "Divides draft and target logits; sample rollouts and serve at the same one.")
 
-    loss: str = _option("e2e_tv", f"Objective: {', '.join(LOSSES)}.")
+    loss: str = _option("e2e_tv", f"Objective: {', '.join(LOSSES)}; or a weighted sum, as 'e2e_tv + 0.1 ce'.")
     cold_start_loss: str = _option("lk_hybrid", "Objective of the first cold_start_steps of a cold-started head.")
     cold_start_steps: int = _option(0, "Optimiser steps with cold_start_loss; a head that was trained before skips them.")
     max_steps: int = _option(1000, "Optimiser steps, the cold start's included.")
@@ -69,8 +69,6 @@ class TrainConfig:
             if not getattr(self, key):
                 raise InputError(f"{key} is not set; give --{key} or put it into the configuration file")
         choices = {
-            "loss": tuple(LOSSES),
-            "cold_start_loss": tuple(LOSSES),
             "decay": ("constant", "linear", "cosine"),
             "dtype": DTYPES,
             "tracker": TRACKERS,
@@ -78,6 +76,11 @@ class TrainConfig:
         for key, known in choices.items():
             if getattr(self, key) not in known:
                 raise InputError(f"{key} is {getattr(self, key)!r}, expected one of {', '.join(known)}")
+        for key in ("loss", "cold_start_loss"):
+            try:
+                loss_by_name(getattr(self, key))
+            except ValueError as error:
+                raise InputError(f"{key}: {error}") from None
         if self.tracker != "none" and importlib.util.find_spec(self.tracker) is None:
             raise InputError(f"tracker is {self.tracker!r}, which is not installed; pip install 'bebop-mtp[{self.tracker}]'")
         at_least = {

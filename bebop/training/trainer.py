@@ -28,7 +28,7 @@ from bebop.heads.draft import draft
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import head_for, save_head
 from bebop.heads.targets import chain_targets
-from bebop.losses import LOSSES, ChainLoss
+from bebop.losses import ChainLoss, loss_by_name
 from bebop.training.checkpoint import (
     check_position,
     drop_checkpoints_after,
@@ -133,7 +133,7 @@ class _Run:
         }
 
     def _loss(self, name: str) -> ChainLoss:
-        return LOSSES[name](temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
+        return loss_by_name(name, temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
 
     def go(self) -> None:
         config, accelerator = self.config, self.accelerator
@@ -281,7 +281,12 @@ class _Run:
                     )
                 with clock("loss"):
                     loss, stats = loss_fn(
-                        hidden, target, self.backbone.lm_head_weight, **targets._asdict(), normaliser=normaliser
+                        hidden,
+                        target,
+                        self.backbone.lm_head_weight,
+                        **targets._asdict(),
+                        documents=batch.documents.reshape(-1),
+                        normaliser=normaliser,
                     )
                 with clock("head"):
                     # Data parallelism averages gradients over processes; the normaliser already spans them.

@@ -1,0 +1,77 @@
+"""What the fused op is given, and every way in which it may not fit."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ChainInputs:
+    """The tensors of one call; shapes, dtypes and devices are checked as it is made."""
+
+    draft: Tensor  # [K, N, d]
+    target: Tensor  # [M, d]
+    weight: Tensor  # [V, d]
+    target_rows: Tensor  # [K, N]
+    tokens: Tensor  # [K, N]
+    valid: Tensor  # [K, N]
+    temperature: float | Tensor
+
+    def __post_init__(self):
+        self.target = self.target.detach()
+        draft, target, weight = self.draft, self.target, self.weight
+        if (draft.ndim, target.ndim, weight.ndim) != (3, 2, 2) or not draft.shape[2] == target.shape[1] == weight.shape[1]:
+            raise ValueError(
+                f"draft_hidden {tuple(draft.shape)}, target_hidden {tuple(target.shape)} and weight {tuple(weight.shape)} "
+                "do not fit; expected [K, N, d], [M, d] and [V, d]"
+            )
+        for name, kind in (("target_rows", "int64"), ("tokens", "int64"), ("valid", "bool")):
+            x = getattr(self, name)
+            if x.shape != draft.shape[:2] or x.dtype != getattr(torch, kind):
+                raise ValueError(f"{name} is {x.dtype} {tuple(x.shape)}, expected {kind} {tuple(draft.shape[:2])} ([K, N])")
+        devices = {x.device for x in vars(self).values() if isinstance(x, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"all tensors must be on one device, found {sorted(map(str, devices))}")
+        if weight.requires_grad:
+            raise ValueError("weight (the lm_head) requires grad, but the op has no gradient for it; call weight.detach()")
+        if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"weight is {weight.dtype}; expected bf16, fp16, fp32 or fp64 (dequantise the lm_head first)")
+        chains = draft.shape[1]
+        if isinstance(self.temperature, Tensor) and self.temperature.shape not in ((), (chains,)):
+            raise ValueError(f"temperature is {tuple(self.temperature.shape)}, expected a number or [N] = ({chains},)")
+
+    def check_values(self, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+        """target_rows, tokens and valid on the host, after a look at what they hold and at what they point to."""
+        target_rows, tokens, valid = (x.cpu() for x in (self.target_rows, self.tokens, self.valid))
+        if bool((valid[1:] & ~valid[:-1]).any()):
+            raise ValueError(
+                "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
+            )
+        for name, x, bound in (("target_rows", target_rows, len(self.target)), ("tokens", tokens, vocabulary)):
+            if bool((valid & ((x < 0) | (x >= bound))).any()):
+                found = x[valid]
+                raise ValueError(
+                    f"{name} of valid pairs range from {found.min()} to {found.max()}, expected 0 to {bound - 1}"
+                )
+        if isinstance(self.temperature, Tensor):
+            used = self.temperature if self.temperature.ndim == 0 else self.temperature[self.valid.any(0)]
+        else:
+            used = torch.tensor(self.temperature)
+        if not bool(((used > 0) & used.isfinite()).all()):
+            raise ValueError(f"temperature is {self.temperature}, expected above 0 (greedy serving has no TV loss)")
+        rows = self.target_rows[self.valid]
+        for name, finite in (
+            ("draft_hidden of valid pairs", _finite_rows(self.draft)[self.valid]),
+            ("target_hidden in rows of valid pairs", _finite_rows(self.target)[rows]),
+            ("weight", torch.stack(self.weight.aminmax()).isfinite() if len(rows) else torch.ones(1)),
+        ):
+            if not bool(finite.all()):
+                raise ValueError(f"{name} holds NaN or inf; expected finite numbers")
+        return target_rows, tokens, valid
+
+
+def _finite_rows(x: Tensor) -> Tensor:
+    """Whether rows of x [..., d] hold finite numbers only, without a copy of x."""
+    lowest, highest = x.detach().aminmax(dim=-1)
+    return lowest.isfinite() & highest.isfinite()

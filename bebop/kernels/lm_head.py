@@ -1,0 +1,69 @@
+"""Products with the frozen lm_head that keep logits in fp32, whatever its dtype and whatever the device can do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+# A CPU multiplies low-precision weights part by part, in fp32. Parts this large stay in its cache.
+_SLAB_BYTES = 8 * 2**20
+
+
+class LmHead:
+    """W [V, d] and the two products with it: operands in its dtype, accumulation and results in fp32 (fp64 for fp64).
+
+    CPU products return their operands' dtype, so there slabs of W are upcast on the way. Their products under matmul
+    precision "medium" (bf16 operands, fp32 sums: AMX where there is one) are exact, as the slabs hold bf16 numbers.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.in_slabs = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        # What `back` takes: on a CPU in slabs fp32, so the gradient may overwrite the logits.
+        self.gradient_dtype = torch.float32 if self.in_slabs else weight.dtype
+
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden [R, d] -> logits [R, V] in out."""
+        hidden = hidden.to(self.weight.dtype)
+        with self._precision():
+            if self.in_slabs:
+                hidden = hidden.to(self.accumulate)
+                for part, slab in self._slabs():
+                    torch.mm(hidden, slab.T, out=out[:, part])
+            elif self.weight.dtype == self.accumulate:
+                torch.mm(hidden, self.weight.T, out=out)
+            else:
+                torch.mm(hidden, self.weight.T, out_dtype=self.accumulate, out=out)
+        return out
+
+    def back(self, gradient: Tensor) -> Tensor:
+        """Gradient of logits [R, V] in `gradient_dtype` -> gradient of hidden [R, d] in fp32 (fp64)."""
+        with self._precision():
+            if self.in_slabs:
+                result = gradient.new_zeros(len(gradient), self.weight.shape[1])
+                for part, slab in self._slabs():
+                    result.addmm_(gradient[:, part], slab)
+                return result
+            if self.weight.dtype == self.accumulate:
+                return gradient @ self.weight
+            return torch.mm(gradient, self.weight, out_dtype=self.accumulate)
+
+    def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        size, width = self.weight.shape
+        rows = max(256, _SLAB_BYTES // (width * self.accumulate.itemsize))
+        buffer = self.weight.new_empty(min(rows, size), width, dtype=self.accumulate)
+        for start in range(0, size, rows):
+            part = slice(start, min(start + rows, size))
+            yield part, buffer[: part.stop - start].copy_(self.weight[part])
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        """Whatever precision the caller's own products run at: the logits decide which tokens get gradient."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium" if self.weight.dtype == torch.bfloat16 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)

@@ -1,0 +1,182 @@
+"""The row passes in Triton, function by function those of `rows_torch.py`, where their formulas are documented.
+
+One program per row and pass walks over tiles of the vocabulary (the gradient pass has a program per tile). Loads are
+upcast to fp32, so logits may be bf16, fp16 or fp32; row offsets are int64, as rows times vocabulary overflows int32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Tile of the vocabulary and warps, of the reductions and of the gradient, by major compute capability. With 16 and 8
+# elements a thread no variant spills registers; the gradient with 16 does (tests/kernels/compiled_rows.py).
+_TILES = {
+    8: ({"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 2048, "num_warps": 8}),
+    9: ({"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 2048, "num_warps": 8}),
+    10: ({"BLOCK": 8192, "num_warps": 16}, {"BLOCK": 4096, "num_warps": 16}),
+}
+
+
+def tiles(capability: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Tile width and warps of the reductions and of the gradient, by major compute capability."""
+    return _TILES[min(max(capability, min(_TILES)), max(_TILES))]
+
+
+def _tiles(x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    return tiles(torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else min(_TILES))
+
+
+@triton.jit
+def log_sum_exp_kernel(x, index, scale, out, V, stride_x, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    x += tl.load(index + row).to(tl.int64) * stride_x
+    s = tl.load(scale + row)
+    columns = tl.arange(0, BLOCK)
+    highest = -float("inf")
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        at = start + columns
+        value = tl.load(x + at, mask=at < V, other=-float("inf")).to(tl.float32) * s
+        new = tl.maximum(highest, tl.max(value, 0))
+        # While everything so far is -inf, -inf - -inf would be NaN.
+        safe = tl.where(new == -float("inf"), 0.0, new)
+        total = total * tl.exp(highest - safe) + tl.sum(tl.exp(value - safe), 0)
+        highest = new
+    tl.store(out + row, highest + tl.log(total))
+
+
+@triton.jit
+def statistics_kernel(
+    z, t, index, scale, lse_z, lse_t,
+    alpha, below, kl, reverse_kl, target_entropy, draft_entropy,
+    V, stride_z, stride_t,
+    ALPHA: tl.constexpr, KL: tl.constexpr, REVERSE_KL: tl.constexpr,
+    TARGET_ENTROPY: tl.constexpr, DRAFT_ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    z += row.to(tl.int64) * stride_z
+    t += tl.load(index + row).to(tl.int64) * stride_t
+    s = tl.load(scale + row)
+    from_z = tl.load(lse_z + row)
+    from_t = tl.load(lse_t + row)
+    columns = tl.arange(0, BLOCK)
+    sum_alpha = 0.0
+    sum_below = 0.0
+    sum_kl = 0.0
+    sum_reverse = 0.0
+    sum_p = 0.0
+    sum_q = 0.0
+    for start in range(0, V, BLOCK):
+        at = start + columns
+        # Past the end both are -inf: no mass, and not below.
+        log_q = tl.load(z + at, mask=at < V, other=-float("inf")).to(tl.float32) * s - from_z
+        log_p = tl.load(t + at, mask=at < V, other=-float("inf")).to(tl.float32) * s - from_t
+        if ALPHA:
+            smaller = tl.exp(tl.minimum(log_q, log_p))
+            sum_alpha += tl.sum(smaller, 0)
+            sum_below += tl.sum(tl.where(log_q < log_p, smaller, 0.0), 0)
+        if KL or TARGET_ENTROPY:
+            p = tl.exp(log_p)
+            if KL:
+                sum_kl += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), 0)
+            if TARGET_ENTROPY:
+                sum_p -= tl.sum(tl.where(p > 0, p * log_p, 0.0), 0)
+        if REVERSE_KL or DRAFT_ENTROPY:
+            q = tl.exp(log_q)
+            if REVERSE_KL:
+                sum_reverse += tl.sum(tl.where(q > 0, q * (log_q - log_p), 0.0), 0)
+            if DRAFT_ENTROPY:
+                sum_q -= tl.sum(tl.where(q > 0, q * log_q, 0.0), 0)
+    if ALPHA:
+        tl.store(alpha + row, sum_alpha)
+        tl.store(below + row, sum_below)
+    if KL:
+        tl.store(kl + row, sum_kl)
+    if REVERSE_KL:
+        tl.store(reverse_kl + row, sum_reverse)
+    if TARGET_ENTROPY:
+        tl.store(target_entropy + row, sum_p)
+    if DRAFT_ENTROPY:
+        tl.store(draft_entropy + row, sum_q)
+
+
+@triton.jit
+def gradient_kernel(
+    z, t, index, scale, lse_z, lse_t, out, tokens, on_q, on_below, on_p, on_log_ratio, on_token,
+    V, stride_z, stride_t, stride_out,
+    BELOW: tl.constexpr, P: tl.constexpr, LOG_RATIO: tl.constexpr, TOKEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < V
+    z += row.to(tl.int64) * stride_z
+    t += tl.load(index + row).to(tl.int64) * stride_t
+    out += row.to(tl.int64) * stride_out
+    s = tl.load(scale + row)
+    log_q = tl.load(z + at, mask=inside, other=-float("inf")).to(tl.float32) * s - tl.load(lse_z + row)
+    log_p = tl.load(t + at, mask=inside, other=-float("inf")).to(tl.float32) * s - tl.load(lse_t + row)
+    q = tl.exp(log_q)
+    factor = tl.zeros_like(q) + tl.load(on_q + row)
+    if BELOW:
+        factor += tl.where(log_q < log_p, tl.load(on_below + row), 0.0)
+    if LOG_RATIO:
+        factor += tl.load(on_log_ratio + row) * tl.where(q > 0, log_q - log_p, 0.0)
+    g = q * factor
+    if P:
+        g += tl.load(on_p + row) * tl.exp(log_p)
+    if TOKEN:
+        g += tl.where(at == tl.load(tokens + row), tl.load(on_token + row), 0.0)
+    tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
+
+
+def log_sum_exp(x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
+    out = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    with _device(x):
+        log_sum_exp_kernel[(len(index),)](x, index, scale, out, x.shape[1], x.stride(0), **_tiles(x)[0])
+    return out
+
+
+def statistics(
+    z: Tensor, t: Tensor, index: Tensor, scale: Tensor, lse_z: Tensor, lse_t: Tensor, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    sums = ("alpha", "kl", "reverse_kl", "target_entropy", "draft_entropy")
+    wanted = [name for name in sums if name in names]
+    found = {name: torch.empty_like(lse_z) for name in (*wanted, *(["below"] if "alpha" in wanted else []))}
+    outputs = [found.get(name) for name in ("alpha", "below", "kl", "reverse_kl", "target_entropy", "draft_entropy")]
+    with _device(z):
+        statistics_kernel[(len(z),)](
+            z, t, index, scale, lse_z, lse_t, *outputs, z.shape[1], z.stride(0), t.stride(0),
+            *(name in wanted for name in sums), **_tiles(z)[0],
+        )  # fmt: skip
+    return found
+
+
+def gradient(
+    z: Tensor,
+    t: Tensor,
+    index: Tensor,
+    scale: Tensor,
+    lse_z: Tensor,
+    lse_t: Tensor,
+    out: Tensor,
+    tokens: Tensor,
+    on_q: Tensor,
+    on_below: Tensor | None,
+    on_p: Tensor | None,
+    on_log_ratio: Tensor | None,
+    on_token: Tensor | None,
+) -> None:
+    options = _tiles(z)[1]
+    coefficients = (on_below, on_p, on_log_ratio, on_token)
+    with _device(z):
+        gradient_kernel[(len(z), triton.cdiv(z.shape[1], options["BLOCK"]))](
+            z, t, index, scale, lse_z, lse_t, out, tokens, on_q, *coefficients,
+            z.shape[1], z.stride(0), t.stride(0), out.stride(0),
+            *(c is not None for c in coefficients), **options,
+        )  # fmt: skip
+
+
+def _device(x: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device_of(x)
