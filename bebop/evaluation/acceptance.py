@@ -17,7 +17,8 @@ from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_statist
 from bebop.kernels.stats import ChainStats
 from bebop.losses.realised import reach_probability, realised_acceptance
 
-_STATISTICS = ("kl", "target_entropy", "alpha_target_only", "target_only_hit")
+# What `pair_values` reads besides alpha, log q and log p.
+EVALUATED = ("kl", "target_entropy", "alpha_target_only", "target_only_hit")
 
 
 @dataclass
@@ -141,7 +142,7 @@ def evaluate(
                 target,
                 backbone.lm_head_weight,
                 **targets._asdict(),
-                statistics=_STATISTICS,
+                statistics=EVALUATED,
                 temperature=temperature,
                 chunk_bytes=chunk_bytes,
             )

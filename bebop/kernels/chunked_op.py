@@ -132,21 +132,12 @@ class ChunkedOp:
         inputs, passes, vocabulary = self.inputs, self.passes, self.vocabulary
         pairs, targets = len(chunk.index), len(chunk.target_rows)
         each = torch.arange(pairs, device=z.device)
-        scale, one_scale = self._inverse_temperature(chunk)
+        scale = self._inverse_temperature(chunk)
         z = self.lm_head.logits(inputs.draft[chunk.steps, chunk.anchors[chunk.chains]], _first_rows(z, pairs))
         t = self.lm_head.logits(inputs.target[chunk.target_rows], _first_rows(t, targets))
         columns = vocabulary.columns(chunk.tokens)
 
-        def log_sum_exps() -> tuple[Tensor, Tensor]:
-            lse_z = vocabulary.log_sum_exp(passes.log_sum_exp(z, each, scale))
-            if one_scale is None:
-                return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, chunk.index, scale))
-            every = torch.arange(targets, device=z.device)
-            return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, every, one_scale.expand(targets).clone()))[
-                chunk.index
-            ]
-
-        lse_z, lse_t = log_sum_exps()
+        lse_z, lse_t = self._log_sum_exps(z, t, chunk, scale)
         values = {
             "log_q": vocabulary.pick(z, each, columns) * scale - lse_z,
             "log_p": vocabulary.pick(t, chunk.index, columns) * scale - lse_t,
@@ -155,7 +146,7 @@ class ChunkedOp:
             lowest = t.topk(min(self.top_k, t.shape[1])).values[:, -1:]
             t.masked_fill_(t < lowest, -torch.inf)
             z.masked_fill_((t == -torch.inf)[chunk.index], -torch.inf)
-            lse_z, lse_t = log_sum_exps()
+            lse_z, lse_t = self._log_sum_exps(z, t, chunk, scale)
         sums = passes.statistics(z, t, chunk.index, scale, lse_z, lse_t, self.names)
         values |= {name: vocabulary.sum(value) for name, value in sums.items()}
         if "alpha_target_only" in self.names or "target_only_hit" in self.names:
@@ -164,12 +155,20 @@ class ChunkedOp:
             values["target_only_hit"] = (top == chunk.tokens).to(z.dtype)
         return _Rows(chunk, z, t, None if spare is None else _first_rows(spare, pairs), scale, lse_z, lse_t, columns, values)
 
-    def _inverse_temperature(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
-        """Of each pair [P], and the one [] that all chains have, if so."""
+    def _inverse_temperature(self, chunk: Chunk) -> Tensor:
+        """Of each pair [P]."""
         scale = 1.0 / torch.as_tensor(self.inputs.temperature, dtype=self.lm_head.accumulate, device=chunk.index.device)
-        if scale.ndim == 0:
-            return scale.expand(len(chunk.index)).clone(), scale
-        return scale[chunk.anchors[chunk.chains]], None
+        return scale.expand(len(self.inputs.draft[0]))[chunk.anchors[chunk.chains]]
+
+    def _log_sum_exps(self, z: Tensor, t: Tensor, chunk: Chunk, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each pair's draft and target row, both [P]."""
+        vocabulary, passes = self.vocabulary, self.passes
+        lse_z = vocabulary.log_sum_exp(passes.log_sum_exp(z, torch.arange(len(z), device=z.device), scale))
+        if isinstance(self.inputs.temperature, Tensor):
+            return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, chunk.index, scale))
+        # At one temperature for all, each target row once: several pairs share it.
+        every = torch.arange(len(t), device=t.device)
+        return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, every, scale[:1].repeat(len(t))))[chunk.index]
 
     def _hidden_gradient(self, rows: _Rows, coefficients: dict[str, Tensor]) -> Tensor:
         """sum over statistics of coefficient [P] times d statistic/d hidden state: [P, d] in the draft's dtype."""

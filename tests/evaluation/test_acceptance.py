@@ -3,7 +3,7 @@ import torch
 
 from bebop.data.states import StateCache
 from bebop.errors import InputError
-from bebop.evaluation.acceptance import evaluate, pair_values, summarise
+from bebop.evaluation.acceptance import EVALUATED, evaluate, pair_values, summarise
 from bebop.heads.loading import head_for
 from bebop.kernels import linear_chain_statistics
 from tests.chains import make_chains
@@ -12,7 +12,9 @@ from tests.tiny_models import make_backbone
 
 
 def stats_of(chains):
-    return linear_chain_statistics(chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices)
+    return linear_chain_statistics(
+        chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices, statistics=EVALUATED
+    )
 
 
 def test_summary_does_not_depend_on_the_batches():

@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from bebop.kernels import STATISTICS, linear_chain_loss, linear_chain_statistics
-from bebop.losses import LOSSES, E2ETVLoss
+from bebop.kernels.lm_head import LmHead
+from bebop.kernels.stats import DIFFERENTIABLE
+from bebop.losses import LOSSES, E2ETVLoss, loss_by_name
 from tests.chains import Chains, make_chains, oracle_gradient
 
-every_loss = pytest.mark.parametrize("name", LOSSES)
+every_loss = pytest.mark.parametrize("name", [*LOSSES, "e2e_tv + 0.3 ce + 0.2 reverse_kl", "expected_rounds + 0.5 tv"])
 
 
 @pytest.fixture(autouse=True)
@@ -14,11 +16,11 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def run(chains: Chains, name: str = "e2e_tv", **options):
+def run(chains: Chains, name: str = "e2e_tv", temperature: float | torch.Tensor = 1.0, **options):
     """Loss, gradient and statistics of the fused op."""
     draft = chains.draft_hidden.detach().clone().requires_grad_()
-    loss_fn = LOSSES[name](**options)
-    loss, stats = loss_fn(draft, chains.target_hidden, chains.weight, **chains.indices)
+    loss_fn = loss_by_name(name, **options)
+    loss, stats = loss_fn(draft, chains.target_hidden, chains.weight, **chains.arguments, temperature=temperature)
     loss.backward()
     return loss.detach(), draft.grad, stats
 
@@ -32,7 +34,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_loss_and_gradient_equal_the_oracle(name, dtype):
     chains = make_chains(dtype=dtype, vocabulary=4099, anchors=70)
     loss, gradient, _ = run(chains, name, temperature=0.7, chunk_bytes=4099 * 4 * 4 * 30)
-    expected_loss, expected_gradient = oracle_gradient(chains, LOSSES[name], temperature=0.7)
+    expected_loss, expected_gradient = oracle_gradient(chains, loss_by_name(name), temperature=0.7)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
     assert abs(loss - expected_loss) < (1e-12 if dtype == torch.float64 else 1e-6) * max(1, abs(expected_loss))
     assert gradient.dtype == dtype
@@ -44,19 +46,19 @@ def test_loss_and_gradient_equal_the_oracle(name, dtype):
 def test_gradcheck(name):
     chains = make_chains(dtype=torch.float64, anchors=5, vocabulary=23, size=4)
     chains.draft_hidden[~chains.valid] = 0.0
-    loss_fn = LOSSES[name]()
+    loss_fn = loss_by_name(name)
 
     def function(draft):
-        return loss_fn(draft, chains.target_hidden, chains.weight, **chains.indices).loss
+        return loss_fn(draft, chains.target_hidden, chains.weight, **chains.arguments).loss
 
     if name == "lk_hybrid":  # its mixing weight is not differentiated, so finite differences do not apply
-        expected = oracle_gradient(chains, LOSSES[name])[1]
+        expected = oracle_gradient(chains, loss_fn)[1]
         assert relative_error(run(chains, name)[1], expected) < 1e-12
     else:
         torch.autograd.gradcheck(function, chains.draft_hidden.requires_grad_())
 
 
-@pytest.mark.parametrize("vocabulary", [257, 49_152, 151_936, 248_320])
+@pytest.mark.parametrize("vocabulary", [257, 4099, 49_152, 151_936, 248_320])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_real_vocabularies(vocabulary, steps):
     """At most twice the error of plain PyTorch in the same precision, against the float64 oracle.
@@ -66,8 +68,8 @@ def test_real_vocabularies(vocabulary, steps):
     """
     chains = make_chains(steps=steps, anchors=9, vocabulary=vocabulary)
     loss, gradient, _ = run(chains)
-    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss)
-    plain_loss, plain_gradient = oracle_gradient(chains, E2ETVLoss, dtype=torch.float32)
+    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss())
+    plain_loss, plain_gradient = oracle_gradient(chains, E2ETVLoss(), dtype=torch.float32)
     assert abs(loss - expected_loss) <= max(2 * abs(plain_loss - expected_loss), 1e-6)
     assert relative_error(gradient, expected_gradient) <= max(2 * relative_error(plain_gradient, expected_gradient), 2e-4)
 
@@ -77,22 +79,74 @@ def test_real_vocabularies(vocabulary, steps):
 def test_result_does_not_depend_on_the_chunks(steps, anchors_per_chunk):
     chains = make_chains(steps=steps, anchors=150, vocabulary=101, dtype=torch.float64)
     loss, gradient, stats = run(chains, chunk_bytes=101 * 8 * (steps + 1) * anchors_per_chunk)
-    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss)
+    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss())
     torch.testing.assert_close(loss, expected_loss)
     torch.testing.assert_close(gradient, expected_gradient)
     assert stats.alpha.shape == (steps, 150)
 
 
-def test_all_statistics_equal_the_oracle():
+@pytest.mark.parametrize("top_k", [None, 20])
+@pytest.mark.parametrize("temperature", [1.0, "per chain"])
+def test_all_statistics_equal_the_oracle(temperature, top_k):
     chains = make_chains(vocabulary=4099)
-    found = linear_chain_statistics(chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices)
-    safe = make_chains(vocabulary=4099)
-    safe.target_rows.masked_fill_(~safe.valid, 0)
-    safe.tokens.masked_fill_(~safe.valid, 0)
-    expected = safe.oracle()
+    if temperature == "per chain":
+        temperature = torch.linspace(0.4, 1.3, 40)
+    found = linear_chain_statistics(
+        chains.draft_hidden,
+        chains.target_hidden,
+        chains.weight,
+        **chains.indices,
+        statistics=tuple(set(STATISTICS) - {"log_q"}),
+        temperature=temperature,
+        top_k=top_k,
+    )
+    expected = chains.oracle(temperature, top_k)
     assert found.values.keys() == set(STATISTICS)
     for name, value in found.values.items():
         torch.testing.assert_close(value.double(), expected.values[name], atol=2e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n != "expected_rounds"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_deferred_statistics_compose_in_plain_autograd(name, dtype):
+    """The same loss, put together by the caller from differentiable statistics, has the same gradient to rounding."""
+    chains = make_chains(vocabulary=4099, anchors=70, dtype=dtype)
+    loss, gradient, _ = run(chains, name)
+    draft = chains.draft_hidden.detach().clone().requires_grad_()
+    objective = loss_by_name(name)
+    stats = linear_chain_statistics(
+        draft,
+        chains.target_hidden,
+        chains.weight,
+        **chains.indices,
+        statistics=objective.statistics,
+        chunk_bytes=4099 * 8 * 4 * 20,
+    )
+    assert {n for n, value in stats.values.items() if value.requires_grad} == set(objective.statistics) & set(DIFFERENTIABLE)
+    deferred = torch.where(stats.valid, objective.pair_loss(stats), 0.0).sum() / stats.valid.sum()
+    deferred.backward()
+    torch.testing.assert_close(deferred.detach(), loss)
+    assert relative_error(draft.grad, gradient.double()) < (1e-12 if dtype == torch.float64 else 2e-2)
+
+
+@every_loss
+def test_temperature_per_chain(name):
+    """Chains that share target rows but not the temperature."""
+    chains = make_chains(dtype=torch.float64, vocabulary=257)
+    temperature = torch.linspace(0.4, 1.3, 40, dtype=torch.float64)
+    loss, gradient, _ = run(chains, name, temperature=temperature)
+    expected_loss, expected_gradient = oracle_gradient(chains, loss_by_name(name), temperature=temperature)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", ["e2e_tv", "kl", "reverse_kl", "lk_hybrid"])
+def test_top_k_equals_its_oracle(name):
+    chains = make_chains(dtype=torch.float64, vocabulary=257)
+    loss, gradient, _ = run(chains, name, top_k=7)
+    expected_loss, expected_gradient = oracle_gradient(chains, loss_by_name(name, top_k=7))
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradient, expected_gradient)
 
 
 def test_nothing_valid_gives_zero_connected_to_the_graph():
@@ -183,12 +237,25 @@ def test_works_inside_a_compiled_step():
     torch.testing.assert_close(layer.weight.grad, expected)
 
 
-def test_without_gradient_the_gradient_is_not_computed(monkeypatch):
-    from bebop.kernels import linear_chain
+def test_behind_a_checkpointed_head():
+    """Gradient checkpointing runs the head twice and must not disturb the op, whose backward may come much later."""
+    chains = make_chains(size=16)
+    layer = torch.nn.Linear(16, 16)
+    inputs = chains.draft_hidden.nan_to_num().requires_grad_()
 
+    def step(head):
+        return E2ETVLoss()(head(inputs), chains.target_hidden, chains.weight, **chains.arguments).loss
+
+    step(layer).backward()
+    expected, layer.weight.grad = layer.weight.grad, None
+    step(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)).backward()
+    assert torch.equal(layer.weight.grad, expected)
+
+
+def test_without_gradient_the_gradient_is_not_computed(monkeypatch):
     chains = make_chains()
     expected = run(chains)[0]
-    monkeypatch.setattr(linear_chain._Product, "back", lambda *_: pytest.fail("K+1 products are enough here"))
+    monkeypatch.setattr(LmHead, "back", lambda *_: pytest.fail("K+1 products are enough here"))
     with torch.no_grad():
         loss = E2ETVLoss()(chains.draft_hidden, chains.target_hidden, chains.weight, **chains.indices).loss
     assert loss == expected
@@ -204,10 +271,9 @@ def test_bitwise_deterministic():
 def test_bf16_logits_ruin_the_gradient():
     """Why logits are fp32: the TV gradient is a step function of log q - log p, which bf16 cannot resolve near alpha = 1."""
     chains = make_chains(vocabulary=4099, anchors=100, noise=0.02, dtype=torch.bfloat16)
-    expected = oracle_gradient(chains, E2ETVLoss)[1]
+    expected = oracle_gradient(chains, E2ETVLoss())[1]
     ours = relative_error(run(chains)[1], expected)
-    rounded = make_chains(vocabulary=4099, anchors=100, noise=0.02, dtype=torch.bfloat16)
-    rounded.target_rows.masked_fill_(~rounded.valid, 0)
+    rounded = chains.safe()
     draft = rounded.draft_hidden.double().nan_to_num().requires_grad_()
     draft_logits = draft @ rounded.weight.double().T
     target_logits = (rounded.target_hidden.double() @ rounded.weight.double().T)[rounded.target_rows]
@@ -231,7 +297,14 @@ def test_bf16_logits_ruin_the_gradient():
         (lambda c: {"valid": c.valid[:2]}, r"expected bool \(3, 40\)"),
         (lambda c: {"valid": ~c.valid}, "not a prefix"),
         (lambda c: {"temperature": 0.0}, "temperature is 0.0"),
+        (lambda c: {"temperature": torch.ones(3)}, r"expected a number or \[N\] = \(40,\)"),
+        (lambda c: {"temperature": torch.zeros(40)}, "expected above 0"),
         (lambda c: {"statistics": ("alhpa",)}, "unknown statistics"),
+        (lambda c: {"top_k": 0}, "top_k is 0"),
+        (lambda c: {"top_k": 5, "statistics": ("log_q",)}, "does not read log_q"),
+        (lambda c: {"weight": c.weight.index_fill(0, torch.tensor(3), torch.nan)}, "weight holds NaN or inf"),
+        (lambda c: {"target_hidden": c.target_hidden.index_fill(0, torch.tensor(9), torch.inf)}, "target_hidden in rows"),
+        (lambda c: {"draft_hidden": torch.full_like(c.draft_hidden, -torch.inf)}, "draft_hidden of valid pairs holds"),
         (lambda c: {"objective": lambda stats: stats.alpha.sum()}, "the objective returned shape"),
     ],
 )

@@ -31,7 +31,7 @@ def test_resolved_configuration_reads_back(tmp_path):
         ([*NEEDED, "--max_steps", "many"], "max_steps"),
         ([*NEEDED, "--draft_steps", "0"], "draft_steps is 0, expected 1 or more"),
         ([*NEEDED, "--temperature", "0"], "temperature is 0.0, expected a number above 0"),
-        ([*NEEDED, "--loss", "e2etv"], "loss is 'e2etv', expected one of e2e_tv, tv, ce"),
+        ([*NEEDED, "--loss", "e2etv"], "loss: 'e2etv' is no objective; expected one of e2e_tv, realised_e2e_tv"),
         ([*NEEDED, "--held_out_share", "1"], "held_out_share is 1.0"),
         ([*NEEDED, "--cold_start_steps", "5", "--max_steps", "4"], "cold_start_steps is 5, more than max_steps"),
         (["--backbone", "b"], "rollouts is not set"),
