@@ -26,8 +26,8 @@ class _Rows:
     t: Tensor  # [U, V]
     spare: Tensor | None  # [P, V] for that gradient where it does not
     scale: Tensor  # [P] inverse temperatures
-    lse_z: Tensor  # [P]
-    lse_t: Tensor  # [P]
+    lse_z: Tensor  # [P] float64
+    lse_t: Tensor  # [P] float64
     columns: Tensor  # [P] the text's tokens as columns of z
     values: dict[str, Tensor]  # [P] each: statistics, and `below`
 
@@ -106,7 +106,7 @@ class ChunkedOp:
             for name, value in result.items():
                 value[where] = rows.values[name]
             for name, gradient in gradients.items():
-                gradient[where] = self._hidden_gradient(rows, {name: torch.ones_like(rows.lse_z)})
+                gradient[where] = self._hidden_gradient(rows, {name: torch.ones_like(rows.scale)})
         return result, gradients
 
     def _zeros(self, chains: int) -> dict[str, Tensor]:
@@ -139,8 +139,8 @@ class ChunkedOp:
 
         lse_z, lse_t = self._log_sum_exps(z, t, chunk, scale)
         values = {
-            "log_q": vocabulary.pick(z, each, columns) * scale - lse_z,
-            "log_p": vocabulary.pick(t, chunk.index, columns) * scale - lse_t,
+            "log_q": (vocabulary.pick(z, each, columns) * scale - lse_z).to(z.dtype),
+            "log_p": (vocabulary.pick(t, chunk.index, columns) * scale - lse_t).to(z.dtype),
         }
         if self.top_k is not None:
             lowest = t.topk(min(self.top_k, t.shape[1])).values[:, -1:]
@@ -151,7 +151,8 @@ class ChunkedOp:
         values |= {name: vocabulary.sum(value) for name, value in sums.items()}
         if "alpha_target_only" in self.names or "target_only_hit" in self.names:
             top = vocabulary.argmax(z)
-            values["alpha_target_only"] = (vocabulary.pick(t, chunk.index, vocabulary.columns(top)) * scale - lse_t).exp()
+            log_p_top = vocabulary.pick(t, chunk.index, vocabulary.columns(top)) * scale - lse_t
+            values["alpha_target_only"] = log_p_top.exp().to(z.dtype)
             values["target_only_hit"] = (top == chunk.tokens).to(z.dtype)
         return _Rows(chunk, z, t, None if spare is None else _first_rows(spare, pairs), scale, lse_z, lse_t, columns, values)
 
@@ -161,7 +162,7 @@ class ChunkedOp:
         return scale.expand(len(self.inputs.draft[0]))[chunk.anchors[chunk.chains]]
 
     def _log_sum_exps(self, z: Tensor, t: Tensor, chunk: Chunk, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each pair's draft and target row, both [P]."""
+        """Of each pair's draft and target row, both [P] in float64."""
         vocabulary, passes = self.vocabulary, self.passes
         lse_z = vocabulary.log_sum_exp(passes.log_sum_exp(z, torch.arange(len(z), device=z.device), scale))
         if isinstance(self.inputs.temperature, Tensor):

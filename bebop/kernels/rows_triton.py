@@ -28,7 +28,7 @@ def _tiles(x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
 
 
 @triton.jit
-def log_sum_exp_kernel(x, index, scale, out, V, stride_x, BLOCK: tl.constexpr):
+def log_sum_exp_kernel(x, index, scale, highest_out, total_out, V, stride_x, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     x += tl.load(index + row).to(tl.int64) * stride_x
     s = tl.load(scale + row)
@@ -43,12 +43,13 @@ def log_sum_exp_kernel(x, index, scale, out, V, stride_x, BLOCK: tl.constexpr):
         safe = tl.where(new == -float("inf"), 0.0, new)
         total = total * tl.exp(highest - safe) + tl.sum(tl.exp(value - safe), 0)
         highest = new
-    tl.store(out + row, highest + tl.log(total))
+    tl.store(highest_out + row, highest)
+    tl.store(total_out + row, total)
 
 
 @triton.jit
 def statistics_kernel(
-    z, t, index, scale, lse_z, lse_t,
+    z, t, index, scale, lse_z, lse_t, gap,
     alpha, below, kl, reverse_kl, target_entropy, draft_entropy,
     V, stride_z, stride_t,
     ALPHA: tl.constexpr, KL: tl.constexpr, REVERSE_KL: tl.constexpr,
@@ -60,6 +61,7 @@ def statistics_kernel(
     s = tl.load(scale + row)
     from_z = tl.load(lse_z + row)
     from_t = tl.load(lse_t + row)
+    between = tl.load(gap + row)
     columns = tl.arange(0, BLOCK)
     sum_alpha = 0.0
     sum_below = 0.0
@@ -69,25 +71,25 @@ def statistics_kernel(
     sum_q = 0.0
     for start in range(0, V, BLOCK):
         at = start + columns
-        # Past the end both are -inf: no mass, and not below.
-        log_q = tl.load(z + at, mask=at < V, other=-float("inf")).to(tl.float32) * s - from_z
-        log_p = tl.load(t + at, mask=at < V, other=-float("inf")).to(tl.float32) * s - from_t
+        # Past the end both are -inf: no mass.
+        z_row = tl.load(z + at, mask=at < V, other=-float("inf")).to(tl.float32)
+        t_row = tl.load(t + at, mask=at < V, other=-float("inf")).to(tl.float32)
+        log_q = z_row * s - from_z
+        log_p = t_row * s - from_t
+        log_ratio = (z_row - t_row) * s - between
+        p = tl.exp(log_p)
+        q = tl.exp(log_q)
         if ALPHA:
-            smaller = tl.exp(tl.minimum(log_q, log_p))
-            sum_alpha += tl.sum(smaller, 0)
-            sum_below += tl.sum(tl.where(log_q < log_p, smaller, 0.0), 0)
-        if KL or TARGET_ENTROPY:
-            p = tl.exp(log_p)
-            if KL:
-                sum_kl += tl.sum(tl.where(p > 0, p * (log_p - log_q), 0.0), 0)
-            if TARGET_ENTROPY:
-                sum_p -= tl.sum(tl.where(p > 0, p * log_p, 0.0), 0)
-        if REVERSE_KL or DRAFT_ENTROPY:
-            q = tl.exp(log_q)
-            if REVERSE_KL:
-                sum_reverse += tl.sum(tl.where(q > 0, q * (log_q - log_p), 0.0), 0)
-            if DRAFT_ENTROPY:
-                sum_q -= tl.sum(tl.where(q > 0, q * log_q, 0.0), 0)
+            sum_alpha += tl.sum(tl.where(log_ratio < 0, q, p), 0)
+            sum_below += tl.sum(tl.where(log_ratio < 0, q, 0.0), 0)
+        if KL:
+            sum_kl -= tl.sum(tl.where(p > 0, p * log_ratio, 0.0), 0)
+        if REVERSE_KL:
+            sum_reverse += tl.sum(tl.where(q > 0, q * log_ratio, 0.0), 0)
+        if TARGET_ENTROPY:
+            sum_p -= tl.sum(tl.where(p > 0, p * log_p, 0.0), 0)
+        if DRAFT_ENTROPY:
+            sum_q -= tl.sum(tl.where(q > 0, q * log_q, 0.0), 0)
     if ALPHA:
         tl.store(alpha + row, sum_alpha)
         tl.store(below + row, sum_below)
@@ -103,7 +105,7 @@ def statistics_kernel(
 
 @triton.jit
 def gradient_kernel(
-    z, t, index, scale, lse_z, lse_t, out, tokens, on_q, on_below, on_p, on_log_ratio, on_token,
+    z, t, index, scale, lse_z, lse_t, gap, out, tokens, on_q, on_below, on_p, on_log_ratio, on_token,
     V, stride_z, stride_t, stride_out,
     BELOW: tl.constexpr, P: tl.constexpr, LOG_RATIO: tl.constexpr, TOKEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,27 +116,28 @@ def gradient_kernel(
     t += tl.load(index + row).to(tl.int64) * stride_t
     out += row.to(tl.int64) * stride_out
     s = tl.load(scale + row)
-    log_q = tl.load(z + at, mask=inside, other=-float("inf")).to(tl.float32) * s - tl.load(lse_z + row)
-    log_p = tl.load(t + at, mask=inside, other=-float("inf")).to(tl.float32) * s - tl.load(lse_t + row)
-    q = tl.exp(log_q)
+    z_row = tl.load(z + at, mask=inside, other=-float("inf")).to(tl.float32)
+    t_row = tl.load(t + at, mask=inside, other=-float("inf")).to(tl.float32)
+    log_ratio = (z_row - t_row) * s - tl.load(gap + row)
+    q = tl.exp(z_row * s - tl.load(lse_z + row))
     factor = tl.zeros_like(q) + tl.load(on_q + row)
     if BELOW:
-        factor += tl.where(log_q < log_p, tl.load(on_below + row), 0.0)
+        factor += tl.where(log_ratio < 0, tl.load(on_below + row), 0.0)
     if LOG_RATIO:
-        factor += tl.load(on_log_ratio + row) * tl.where(q > 0, log_q - log_p, 0.0)
+        factor += tl.load(on_log_ratio + row) * tl.where(q > 0, log_ratio, 0.0)
     g = q * factor
     if P:
-        g += tl.load(on_p + row) * tl.exp(log_p)
+        g += tl.load(on_p + row) * tl.exp(t_row * s - tl.load(lse_t + row))
     if TOKEN:
         g += tl.where(at == tl.load(tokens + row), tl.load(on_token + row), 0.0)
     tl.store(out + at, g.to(out.dtype.element_ty), mask=inside)
 
 
 def log_sum_exp(x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    out = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    highest, total = torch.empty(2, len(index), dtype=torch.float32, device=x.device)
     with _device(x):
-        log_sum_exp_kernel[(len(index),)](x, index, scale, out, x.shape[1], x.stride(0), **_tiles(x)[0])
-    return out
+        log_sum_exp_kernel[(len(index),)](x, index, scale, highest, total, x.shape[1], x.stride(0), **_tiles(x)[0])
+    return highest.double() + total.double().log()
 
 
 def statistics(
@@ -142,11 +145,11 @@ def statistics(
 ) -> dict[str, Tensor]:
     sums = ("alpha", "kl", "reverse_kl", "target_entropy", "draft_entropy")
     wanted = [name for name in sums if name in names]
-    found = {name: torch.empty_like(lse_z) for name in (*wanted, *(["below"] if "alpha" in wanted else []))}
+    found = {name: torch.empty_like(scale) for name in (*wanted, *(["below"] if "alpha" in wanted else []))}
     outputs = [found.get(name) for name in ("alpha", "below", "kl", "reverse_kl", "target_entropy", "draft_entropy")]
     with _device(z):
         statistics_kernel[(len(z),)](
-            z, t, index, scale, lse_z, lse_t, *outputs, z.shape[1], z.stride(0), t.stride(0),
+            z, t, index, scale, *_in_float(lse_z, lse_t), *outputs, z.shape[1], z.stride(0), t.stride(0),
             *(name in wanted for name in sums), **_tiles(z)[0],
         )  # fmt: skip
     return found
@@ -171,10 +174,14 @@ def gradient(
     coefficients = (on_below, on_p, on_log_ratio, on_token)
     with _device(z):
         gradient_kernel[(len(z), triton.cdiv(z.shape[1], options["BLOCK"]))](
-            z, t, index, scale, lse_z, lse_t, out, tokens, on_q, *coefficients,
+            z, t, index, scale, *_in_float(lse_z, lse_t), out, tokens, on_q, *coefficients,
             z.shape[1], z.stride(0), t.stride(0), out.stride(0),
             *(c is not None for c in coefficients), **options,
         )  # fmt: skip
+
+
+def _in_float(lse_z: Tensor, lse_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return lse_z.float(), lse_t.float(), (lse_z - lse_t).float()
 
 
 def _device(x: Tensor):
