@@ -40,7 +40,7 @@ def test_documents_of_a_batch_do_not_see_each_other(kind, tmp_path):
     for i, document in enumerate(documents):
         ids = torch.tensor([document.prompt_ids + document.response_ids])
         alone = backbone.hidden_states(ids, torch.zeros_like(ids), torch.arange(ids.shape[1]).unsqueeze(0))[0]
-        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=1e-4)
     changed = [*documents[:3], rollouts(seed=1)[3]]
     assert len(changed[3]) == len(documents[3])
     after = states_of(backbone, changed)

@@ -9,22 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tile of the vocabulary and warps, of the reductions and of the gradient, by major compute capability. With 16 and 8
-# elements a thread no variant spills registers; the gradient with 16 does (tests/kernels/compiled_rows.py).
-_TILES = {
-    8: ({"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 2048, "num_warps": 8}),
-    9: ({"BLOCK": 4096, "num_warps": 8}, {"BLOCK": 2048, "num_warps": 8}),
-    10: ({"BLOCK": 8192, "num_warps": 16}, {"BLOCK": 4096, "num_warps": 16}),
-}
-
-
-def tiles(capability: int) -> tuple[dict[str, int], dict[str, int]]:
-    """Tile width and warps of the reductions and of the gradient, by major compute capability."""
-    return _TILES[min(max(capability, min(_TILES)), max(_TILES))]
-
-
-def _tiles(x: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    return tiles(torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else min(_TILES))
+# Tile of the vocabulary and warps of the reductions and of the gradient: 16 and 8 elements a thread, with which no variant
+# spills registers on sm_80, sm_90 or sm_100 (tests/kernels/compiled_rows.py). Twice as wide, some do.
+REDUCTION = {"BLOCK": 4096, "num_warps": 8}
+GRADIENT = {"BLOCK": 2048, "num_warps": 8}
 
 
 @triton.jit
@@ -136,7 +124,7 @@ def gradient_kernel(
 def log_sum_exp(x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
     highest, total = torch.empty(2, len(index), dtype=torch.float32, device=x.device)
     with _device(x):
-        log_sum_exp_kernel[(len(index),)](x, index, scale, highest, total, x.shape[1], x.stride(0), **_tiles(x)[0])
+        log_sum_exp_kernel[(len(index),)](x, index, scale, highest, total, x.shape[1], x.stride(0), **REDUCTION)
     return highest.double() + total.double().log()
 
 
@@ -150,7 +138,7 @@ def statistics(
     with _device(z):
         statistics_kernel[(len(z),)](
             z, t, index, scale, *_in_float(lse_z, lse_t), *outputs, z.shape[1], z.stride(0), t.stride(0),
-            *(name in wanted for name in sums), **_tiles(z)[0],
+            *(name in wanted for name in sums), **REDUCTION,
         )  # fmt: skip
     return found
 
@@ -170,13 +158,12 @@ def gradient(
     on_log_ratio: Tensor | None,
     on_token: Tensor | None,
 ) -> None:
-    options = _tiles(z)[1]
     coefficients = (on_below, on_p, on_log_ratio, on_token)
     with _device(z):
-        gradient_kernel[(len(z), triton.cdiv(z.shape[1], options["BLOCK"]))](
+        gradient_kernel[(len(z), triton.cdiv(z.shape[1], GRADIENT["BLOCK"]))](
             z, t, index, scale, *_in_float(lse_z, lse_t), out, tokens, on_q, *coefficients,
             z.shape[1], z.stride(0), t.stride(0), out.stride(0),
-            *(c is not None for c in coefficients), **options,
+            *(c is not None for c in coefficients), **GRADIENT,
         )  # fmt: skip
 
 

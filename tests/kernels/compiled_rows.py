@@ -41,7 +41,7 @@ def variants() -> Iterator[tuple[str, object, dict[str, bool], str, str]]:
 
 def compile_one(kernel, flags: dict[str, bool], logits: str, out: str, architecture: int) -> dict[str, int]:
     """Registers, spilled bytes and shared memory of one variant on one architecture."""
-    tiles = rows_triton.tiles(architecture // 10)[kernel is rows_triton.gradient_kernel]
+    tiles = rows_triton.GRADIENT if kernel is rows_triton.gradient_kernel else rows_triton.REDUCTION
     constants = flags | {"BLOCK": tiles["BLOCK"]}
     signature = {}
     for name in kernel.arg_names:
