@@ -1,12 +1,14 @@
 # make demo   sets up .venv and runs the main job on a small real model (README)
 # make test   sets up .venv and runs the tests
+# make test-engines  sets up .venv-engines with vLLM's CPU build, and serves exported heads in it
 # make check  lint, format, types, and the wheel
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+ENGINES ?= .venv-engines
 
-.PHONY: demo test check setup
+.PHONY: demo test test-engines check setup
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -22,6 +24,18 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# vLLM brings versions of its own. PyPI's torchvision and its kin are CUDA builds, which fail to import beside a CPU torch;
+# Qwen3.5 needs torchvision's Python part (tests/engines/sitecustomize.py does the rest).
+$(ENGINES)/ready: tests/engines/requirements.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	$(ENGINES)/bin/pip uninstall --quiet --yes torchaudio torchvision torchcodec
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	touch $@
+
+test-engines: setup $(ENGINES)/ready
+	BEBOP_ENGINE_PYTHON=$(CURDIR)/$(ENGINES)/bin/python $(BIN)/python -m pytest -m engine tests/engines
 
 check: setup
 	$(BIN)/ruff check .

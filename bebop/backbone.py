@@ -47,6 +47,18 @@ def resolve_checkpoint(name: str) -> Path:
     return directory
 
 
+def read_config(directory: Path) -> Any:
+    """The checkpoint's transformers config.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except Exception as error:
+        raise InputError(f"{directory}/config.json cannot be read ({_one_line(error)}); fetch it again") from error
+
+
 def checkpoint_shards(directory: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint: those of its index, or the only one.
 
@@ -125,10 +137,7 @@ class Backbone:
             InputError: the model cannot be found or read, or is of a type that has no head family.
         """
         directory = resolve_checkpoint(name)
-        try:
-            config = AutoConfig.from_pretrained(directory)
-        except Exception as error:
-            raise InputError(f"{directory}/config.json cannot be read ({_one_line(error)}); fetch it again") from error
+        config = read_config(directory)
         family_of(config.get_text_config())  # refuse before gigabytes are read
         if getattr(config, "quantization_config", None) is not None:
             raise InputError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")

@@ -5,7 +5,8 @@ how `config.json` announces the head. Everything else is the backbone's own deco
 """
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bebop.errors import InputError
@@ -26,6 +27,10 @@ class Family:
         tap: which backbone state enters the head, before or after the backbone's final norm.
         zeroes_first_embedding: the engine zeroes the embedding of the pair at position 0.
         announced_by: config.json keys that may hold the number of MTP layers, the one to write first.
+        config_values: further keys of the text config that engines read, to be written as they are.
+        architecture: what config.json's `architectures` must say for an engine to see the head; None: the target's own.
+        stores_lm_head: lm_head.weight must be in the checkpoint, whether or not it is tied to the embedding.
+        engines: those that load the layout.
     """
 
     name: str
@@ -42,6 +47,10 @@ class Family:
     tap: Literal["pre_norm", "post_norm"]
     zeroes_first_embedding: bool
     announced_by: tuple[str, ...]
+    config_values: Mapping[str, Any]
+    architecture: str | None
+    stores_lm_head: bool
+    engines: tuple[str, ...]
 
     def modeling_class(self, suffix: str) -> Any:
         """A class of the family's transformers module, e.g. "DecoderLayer"."""
@@ -64,6 +73,16 @@ _QWEN_NAMES: dict[str, Any] = {
     "hidden_first": False,
     "tap": "post_norm",
     "zeroes_first_embedding": False,
+    "architecture": None,
+    "engines": ("vLLM", "SGLang", "llama.cpp"),
+}
+# Keys of transformers' own MtpModel, from 5.23 on.
+_TRANSFORMERS_KEYS: dict[str, Any] = {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
+_QWEN3_5_KEYS: dict[str, Any] = {
+    **_TRANSFORMERS_KEYS,
+    "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False,
+    "attn_output_gate": True,
 }
 
 QWEN3_5 = Family(
@@ -72,7 +91,17 @@ QWEN3_5 = Family(
     class_prefix="Qwen3_5",
     rotary_class="Qwen3_5TextRotaryEmbedding",
     announced_by=("mtp_num_hidden_layers", "num_mtp_layers"),
+    config_values=_QWEN3_5_KEYS,
+    stores_lm_head=False,
     **_QWEN_NAMES,
+)
+
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    name="qwen3_5_moe",
+    modeling="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe",
+    class_prefix="Qwen3_5Moe",
+    rotary_class="Qwen3_5MoeTextRotaryEmbedding",
 )
 
 QWEN3_NEXT = Family(
@@ -81,6 +110,8 @@ QWEN3_NEXT = Family(
     class_prefix="Qwen3Next",
     rotary_class="Qwen3NextRotaryEmbedding",
     announced_by=("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
+    config_values={**_TRANSFORMERS_KEYS, "num_nextn_predict_layers": 1},
+    stores_lm_head=True,
     **_QWEN_NAMES,
 )
 
@@ -100,12 +131,17 @@ MIMO = Family(
     tap="pre_norm",
     zeroes_first_embedding=True,
     announced_by=("num_nextn_predict_layers",),
+    config_values={"num_nextn_predict_layers": 1},
+    architecture="MiMoForCausalLM",
+    stores_lm_head=False,
+    engines=("vLLM",),
 )
 
 _BY_MODEL_TYPE = {
     "qwen2": MIMO,
     "llama": MIMO,
     "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5_MOE,
     "qwen3_next": QWEN3_NEXT,
 }
 
@@ -123,3 +159,8 @@ def family_of(text_config: Any) -> Family:
             f"model_type {model_type!r} has no MTP head family here{reason}; supported: {', '.join(_BY_MODEL_TYPE)}"
         )
     return _BY_MODEL_TYPE[model_type]
+
+
+def family_by_name(name: str) -> Family:
+    """The layout that head directories call `name`."""
+    return next(family for family in _BY_MODEL_TYPE.values() if family.name == name)

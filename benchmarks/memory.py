@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 
 
-def peak_extra_bytes(work: Callable[[], object]) -> int:
+def peak_extra_bytes(work: Callable[[], object], device: str = "cpu") -> int:
     """Most memory that `work` takes beyond what is held before it, in bytes.
 
     On a GPU from torch's allocator, on a Linux CPU from the resident set's high-water mark: run `work` before, so that
     libraries are loaded and kernels compiled.
     """
     gc.collect()
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

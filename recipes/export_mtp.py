@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from bebop.errors import InputError
-from bebop.export.serving import splits_text_differently, vllm_command
+from bebop.export.serving import serve_commands, splits_text_differently
 from bebop.export.writer import export_head
+from bebop.families import family_by_name
 
 
 def main() -> None:
@@ -16,12 +17,17 @@ def main() -> None:
     parser.add_argument("--head", required=True, type=Path, help="head directory of a training run")
     parser.add_argument("--target", required=True, help="directory or hub id of the model the head was trained for")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist")
+    parser.add_argument("--copy", action="store_true", help="copy the target's files; else hard links where possible")
     arguments = parser.parse_args()
     try:
-        facts = export_head(arguments.head, arguments.target, arguments.output)
+        facts = export_head(arguments.head, arguments.target, arguments.output, arguments.copy)
     except InputError as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {arguments.output}; serve it with\n\n    {vllm_command(str(arguments.output), facts['draft_steps'])}\n")
+    print(f"wrote {arguments.output}, a {facts['family']} head beside its target; serve it with\n")
+    for engine, command in serve_commands(
+        family_by_name(facts["family"]), str(arguments.output), facts["draft_steps"]
+    ).items():
+        print(f"{engine}:\n    {command}\n")
     print(f"and sample at temperature {facts['temperature']}, which the head was trained for")
     if (arguments.output / "tokenizer.json").is_file() and splits_text_differently(arguments.output):
         print(

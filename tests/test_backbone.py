@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from bebop.backbone import Backbone
 from bebop.data.batches import make_batch, plan_micro_batches
@@ -13,7 +12,7 @@ from bebop.heads.draft import draft
 from bebop.heads.loading import head_for
 from bebop.kernels import linear_chain_statistics
 from bebop.llama_as_qwen2 import as_qwen2
-from tests.tiny_models import CONFIGS, make_backbone, make_checkpoint, make_model
+from tests.tiny_models import CONFIGS, make_backbone, make_checkpoint, make_model, make_wrapper
 
 
 def rollouts(seed=0, lengths=(9, 5, 7, 12)):
@@ -58,13 +57,7 @@ def test_recurrent_backbone_refuses_packed_rows(tmp_path):
 def test_text_part_of_a_multimodal_checkpoint(tmp_path):
     """Published Qwen3.5 checkpoints wrap the language model; its states must be those of the text model alone."""
     text = make_model("qwen3_5_text")
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config=vision)
-    wrapper = Qwen3_5ForConditionalGeneration(config).float()
-    wrapper.model.language_model.load_state_dict(text.model.state_dict())
-    wrapper.lm_head.load_state_dict(text.lm_head.state_dict())
-    wrapper.save_pretrained(tmp_path)
-    backbone = Backbone.load(str(tmp_path), torch.float32)
+    backbone = Backbone.load(str(make_wrapper(tmp_path, text)), torch.float32)
     assert backbone.family.name == "qwen3_5"
     ids = torch.arange(3, 12).unsqueeze(0)
     hidden = backbone.hidden_states(ids, torch.zeros_like(ids), torch.arange(9).unsqueeze(0))

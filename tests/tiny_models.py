@@ -11,6 +11,9 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
 )
@@ -51,6 +54,7 @@ CONFIGS = {
     "qwen2": lambda **k: Qwen2Config(**(_COMMON | {"num_hidden_layers": 2} | k)),
     "llama": lambda **k: LlamaConfig(**(_COMMON | {"num_hidden_layers": 2} | k)),
     "qwen3_5_text": lambda **k: Qwen3_5TextConfig(**(_COMMON | _LINEAR | k)),
+    "qwen3_5_moe_text": lambda **k: Qwen3_5MoeTextConfig(**(_COMMON | _LINEAR | _MOE | k)),
     "qwen3_next": lambda **k: Qwen3NextConfig(**(_COMMON | _LINEAR | _MOE | k)),
 }
 
@@ -96,8 +100,24 @@ def _add_native_head(directory: Path, tensors: dict[str, torch.Tensor], key: str
         weight_map = dict.fromkeys(f.keys(), first.name) | dict.fromkeys(tensors, second.name)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((directory / "config.json").read_text())
-    config |= {key: 1, "num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
+    text = config.get("text_config", config)
+    text |= {key: 1, "num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
     (directory / "config.json").write_text(json.dumps(config))
+
+
+def make_wrapper(directory: Path, text: PreTrainedModel, native_head: bool = False) -> Path:
+    """A Qwen3.5 text model in the multimodal wrapper that published checkpoints have."""
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config=vision)
+    wrapper = Qwen3_5ForConditionalGeneration(config).float()
+    wrapper.model.language_model.load_state_dict(text.model.state_dict())
+    wrapper.lm_head.load_state_dict(text.lm_head.state_dict())
+    wrapper.save_pretrained(directory)
+    if native_head:
+        head = MTPHead(text.config, family_of(text.config))
+        scramble(head, seed=1)
+        _add_native_head(directory, native_state_dict(head), head.family.announced_by[0])
+    return directory
 
 
 def make_backbone(directory: Path, kind: str, **options) -> Backbone:

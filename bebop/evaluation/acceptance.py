@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ def summarise(batches: Iterable[ChainStats]) -> Acceptance:
 
 
 @torch.no_grad()
-def evaluate(
+def chain_statistics_of(
     head: MTPHead,
     backbone: Backbone,
     rollouts: Sequence[Rollout],
@@ -107,12 +108,12 @@ def evaluate(
     tokens_per_micro_batch: int = 4096,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     states: StateCache | None = None,
-) -> Acceptance:
-    """Acceptance of the head's drafts on the backbone's own rollouts, at K+1 lm_head products a chain.
+) -> Iterator[ChainStats]:
+    """Chain statistics of all anchors of the rollouts, batch by batch, at K+1 lm_head products a chain.
 
     Args:
         head, backbone: the pair that is to serve.
-        rollouts: sampled from this backbone, at `temperature` if `realised` is to be unbiased.
+        rollouts: sampled from this backbone, at `temperature` if realised estimates are to be unbiased.
         steps: K.
         temperature: of target and draft.
         compute_dtype: bf16 or fp32, of the head.
@@ -120,8 +121,9 @@ def evaluate(
         states: the backbone's states of these rollouts, if they are at hand.
     """
     plan = plan_micro_batches([len(r) for r in rollouts], tokens_per_micro_batch, backbone.packs_documents)
-
-    def batches() -> Iterator[ChainStats]:
+    was_training = head.training
+    head.eval()
+    try:
         for rows in plan:
             batch = make_batch(rows, rollouts).to(backbone.device)
             hidden, target, targets = draft(
@@ -137,7 +139,7 @@ def evaluate(
                 steps=steps,
                 compute_dtype=compute_dtype,
             )
-            yield linear_chain_statistics(
+            stats = linear_chain_statistics(
                 hidden,
                 target,
                 backbone.lm_head_weight,
@@ -146,9 +148,12 @@ def evaluate(
                 temperature=temperature,
                 chunk_bytes=chunk_bytes,
             )
-
-    head.eval()
-    try:
-        return summarise(batches())
+            stats.documents = batch.documents.reshape(-1)
+            yield stats
     finally:
-        head.train()
+        head.train(was_training)
+
+
+def evaluate(head: MTPHead, backbone: Backbone, rollouts: Sequence[Rollout], **options: Any) -> Acceptance:
+    """Acceptance of the head's drafts on the backbone's own rollouts. Arguments as for `chain_statistics_of`."""
+    return summarise(chain_statistics_of(head, backbone, rollouts, **options))

@@ -11,25 +11,29 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from bebop.backbone import INDEX_FILE, Backbone, checkpoint_shards, resolve_checkpoint
+from bebop.backbone import INDEX_FILE, checkpoint_shards, read_config, resolve_checkpoint
 from bebop.errors import InputError
-from bebop.families import MIMO
+from bebop.export.check import check_export
+from bebop.export.engine_config import completed_config
+from bebop.families import family_of
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import load_native, native_state_dict, read_head
-from bebop.llama_as_qwen2 import as_qwen2
+from bebop.llama_as_qwen2 import as_qwen2, qwen2_config
 
 
-def export_head(head_directory: Path, target: str, output: Path) -> dict[str, Any]:
-    """Write `output`: the target with the head beside its weights, as vLLM loads it.
+def export_head(head_directory: Path, target: str, output: Path, copy: bool = False) -> dict[str, Any]:
+    """Write `output`: the target with the head beside its weights, as the family's engines load it.
 
-    The target's files are hard-linked where the file system allows it, else copied; a Llama target is stored as the exactly
-    equal Qwen2 model. The directory appears once everything was written, read back and compared.
+    An MTP head that the target has is replaced; a Llama target is stored as the exactly equal Qwen2 model. The directory
+    appears once everything was written, read back and compared.
 
     Args:
         head_directory: a head that a training run saved.
         target: directory or hub id of the model it was trained for.
         output: must not exist.
+        copy: copy the target's files; else they are hard-linked where the file system allows it.
 
     Returns:
         the facts in head.json.
@@ -41,26 +45,36 @@ def export_head(head_directory: Path, target: str, output: Path) -> dict[str, An
         raise InputError(f"output {output} exists; choose another directory or remove it")
     tensors, facts = read_head(head_directory)
     directory = resolve_checkpoint(target)
-    backbone = Backbone.load(str(directory), dtype=_stored_dtype(directory))
-    if backbone.family is not MIMO:
-        raise InputError(f"export of {backbone.family.name} heads is not implemented; only Qwen2 and Llama targets are")
-    if facts.get("family") != backbone.family.name:
-        raise InputError(f"{head_directory} is a {facts.get('family')} head, the target needs {backbone.family.name}")
-    head = MTPHead(backbone.head_config, backbone.family)
+    config = read_config(directory)
+    text_config = config.get_text_config()
+    family = family_of(text_config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise InputError(
+            f"{directory} is quantised, and engines would read the head as quantised too; export onto bf16 weights"
+        )
+    if facts.get("family") != family.name:
+        raise InputError(f"{head_directory} is a {facts.get('family')} head, the target needs {family.name}")
+    is_llama = text_config.model_type == "llama"
+    head = MTPHead(qwen2_config(text_config) if is_llama else text_config, family)
     load_native(head, tensors, str(head_directory))
-    expected = {name: tensor.to(backbone.model.dtype) for name, tensor in native_state_dict(head).items()}
+    dtype = _stored_dtype(directory)
+    expected = {name: tensor.to(dtype) for name, tensor in native_state_dict(head).items()}
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        if backbone.config.model_type == "llama":
-            as_qwen2(backbone.model).save_pretrained(partial)
-            _link_files(directory, partial, without={p.name for p in directory.glob("*.safetensors")} | {INDEX_FILE})
+        if is_llama:
+            as_qwen2(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)).save_pretrained(partial)
+            _take_files(directory, partial, {p.name for p in directory.glob("*.safetensors")} | {INDEX_FILE}, copy)
         else:
-            _link_files(directory, partial, without=set())
-        _add_shard(partial, expected)
-        _complete_config(partial)
+            _take_files(directory, partial, set(), copy)
+        _add_shard(partial, expected, family.prefix)
+        written = json.loads((partial / "config.json").read_text())
+        text_config = read_config(partial).get_text_config()
+        _replace(partial / "config.json", completed_config(written, text_config, family))
+        if problems := check_export(partial).problems:
+            raise InputError(f"{target} cannot be exported with this head: {problems[0]}")
         _compare(partial, expected)
         partial.rename(output)
     except BaseException:
@@ -70,30 +84,38 @@ def export_head(head_directory: Path, target: str, output: Path) -> dict[str, An
 
 
 def _stored_dtype(directory: Path) -> torch.dtype:
-    """Of the target's weights: the head is stored in the same."""
-    config = json.loads((directory / "config.json").read_text())
-    config |= config.get("text_config", {})
-    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    return getattr(torch, name)
+    """Of the target's embedding: the head is stored in the same."""
+    for shard in checkpoint_shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():
+                if name.endswith("embed_tokens.weight"):
+                    return file.get_slice(name)[:1].dtype
+    raise InputError(f"{directory} holds no embed_tokens.weight; is it a language model's checkpoint?")
 
 
-def _link_files(source: Path, destination: Path, without: set[str]) -> None:
+def _take_files(source: Path, destination: Path, without: set[str], copy: bool) -> None:
     for path in source.iterdir():
         if not path.is_file() or path.name in without or (destination / path.name).exists():
             continue
-        path = path.resolve()  # hub snapshots are symbolic links
+        real = path.resolve()  # hub snapshots are symbolic links
         try:
-            os.link(path, destination / path.name)
+            if copy:
+                raise OSError
+            os.link(real, destination / path.name)
         except OSError:
-            shutil.copy2(path, destination / path.name)
+            shutil.copy2(real, destination / path.name)
 
 
-def _add_shard(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Number the shards anew with the head's last, and write the index.
+def _add_shard(directory: Path, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Take out what the target has under `prefix`, number the shards anew with the head's last, and write the index.
 
-    Renumbered, since loaders that find a model.safetensors look at no index.
+    Taken out, not only left out of the index: vLLM reads every tensor of a shard. Renumbered, since loaders that find a
+    model.safetensors look at no index.
     """
-    shards = checkpoint_shards(directory)
+    shards = [shard for shard in checkpoint_shards(directory) if _without(shard, prefix)]
+    for path in directory.glob("*.safetensors"):  # not of the checkpoint, and engines without index would read them
+        if path not in shards:
+            path.unlink()
     total = len(shards) + 1
     weight_map: dict[str, str] = {}
     size = 0
@@ -101,10 +123,7 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         name = f"model-{number:05d}-of-{total:05d}.safetensors"
         shard.rename(directory / name)
         with safe_open(directory / name, framework="pt") as file:
-            stored = list(file.keys())
-        if own := tensors.keys() & set(stored):
-            raise InputError(f"the target already holds {sorted(own)[0]}; export onto a target without an MTP head")
-        weight_map |= dict.fromkeys(stored, name)
+            weight_map |= dict.fromkeys(file.keys(), name)
         size += (directory / name).stat().st_size
     name = f"model-{total:05d}-of-{total:05d}.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, directory / name, metadata={"format": "pt"})
@@ -113,10 +132,17 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     _replace(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
-def _complete_config(directory: Path) -> None:
-    config = json.loads((directory / "config.json").read_text())
-    config |= {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", MIMO.announced_by[0]: 1}
-    _replace(directory / "config.json", config)
+def _without(shard: Path, prefix: str) -> bool:
+    """Rewrite a shard without the tensors under prefix, if it has any; False if nothing else is in it."""
+    with safe_open(shard, framework="pt") as file:
+        keep = [name for name in file.keys() if not name.startswith(prefix)]
+        if len(keep) == len(file.keys()):
+            return True
+        kept = {name: file.get_tensor(name) for name in keep}
+    shard.unlink()  # it may be a link to the target's
+    if kept:
+        save_file(kept, shard, metadata={"format": "pt"})
+    return bool(kept)
 
 
 def _replace(path: Path, content: dict[str, Any]) -> None:

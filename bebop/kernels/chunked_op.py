@@ -61,13 +61,14 @@ class ChunkedOp:
             )
         self.inputs = inputs
         self.names = tuple(name for name in STATISTICS if name in statistics or name in ("alpha", "log_q", "log_p"))
+        self.differentiable = tuple(name for name in DIFFERENTIABLE if name in statistics)
         self.wants_gradient = torch.is_grad_enabled() and inputs.draft.requires_grad
         self.kept = kept if self.wants_gradient else ()
         self.top_k = top_k
         self.lm_head = LmHead(inputs.weight)
         self.vocabulary = Vocabulary(len(inputs.weight), group, inputs.weight.device)
         self.passes = row_passes(inputs.weight.device, self.lm_head.accumulate)
-        on_host = inputs.check_values(self.vocabulary.total)
+        on_host = inputs.check_values(self.vocabulary)
 
         # The gradient overwrites the logits where it has their dtype and is asked for once.
         dtype, logits_dtype = self.lm_head.gradient_dtype, self.lm_head.accumulate
@@ -76,8 +77,8 @@ class ChunkedOp:
         row_bytes = self.vocabulary.largest * logits_dtype.itemsize
         self.plan = plan_chunks(*on_host, max_rows=chunk_bytes // row_bytes, spare=spare)
 
-    def loss(self, objective: Objective) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        """The objective's sum over valid pairs, the statistics [K, N], and the gradient [K, N, d] if there is to be one."""
+    def loss(self, objective: Objective, normaliser: Tensor | float) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """The objective's sum over valid pairs / normaliser, the statistics [K, N], and the gradient [K, N, d] if wanted."""
         draft = self.inputs.draft
         total = torch.zeros((), dtype=self.lm_head.accumulate, device=draft.device)
         result = self._zeros(draft.shape[1])
@@ -88,9 +89,9 @@ class ChunkedOp:
             for name, value in local.items():
                 value[chunk.steps, chunk.chains] = rows.values[name]
                 result[name][:, chunk.anchors] = value
-            loss_here, coefficients = _coefficients(objective, local, chunk.valid, self.wants_gradient)
+            loss_here, coefficients = self._coefficients(objective, local, chunk.valid, normaliser)
             total += loss_here
-            if gradient is not None and coefficients:
+            if gradient is not None:
                 by_pair = {name: c[chunk.steps, chunk.chains] for name, c in coefficients.items()}
                 gradient[chunk.steps, chunk.anchors[chunk.chains]] = self._hidden_gradient(rows, by_pair)
         return total, result, gradient
@@ -149,6 +150,7 @@ class ChunkedOp:
             lse_z, lse_t = self._log_sum_exps(z, t, chunk, scale)
         sums = passes.statistics(z, t, chunk.index, scale, lse_z, lse_t, self.names)
         values |= {name: vocabulary.sum(value) for name, value in sums.items()}
+        values["alpha"].clamp_(max=1.0)  # what a sum of fp32 numbers may exceed by their rounding
         if "alpha_target_only" in self.names or "target_only_hit" in self.names:
             top = vocabulary.argmax(z)
             log_p_top = vocabulary.pick(t, chunk.index, vocabulary.columns(top)) * scale - lse_t
@@ -158,18 +160,44 @@ class ChunkedOp:
 
     def _inverse_temperature(self, chunk: Chunk) -> Tensor:
         """Of each pair [P]."""
-        scale = 1.0 / torch.as_tensor(self.inputs.temperature, dtype=self.lm_head.accumulate, device=chunk.index.device)
-        return scale.expand(len(self.inputs.draft[0]))[chunk.anchors[chunk.chains]]
+        temperature = self.inputs.temperature
+        if isinstance(temperature, Tensor) and temperature.ndim:
+            return 1.0 / temperature.to(self.lm_head.accumulate)[chunk.anchors[chunk.chains]]
+        return torch.full(
+            chunk.index.shape, 1.0 / float(temperature), dtype=self.lm_head.accumulate, device=chunk.index.device
+        )
 
     def _log_sum_exps(self, z: Tensor, t: Tensor, chunk: Chunk, scale: Tensor) -> tuple[Tensor, Tensor]:
         """Of each pair's draft and target row, both [P] in float64."""
         vocabulary, passes = self.vocabulary, self.passes
         lse_z = vocabulary.log_sum_exp(passes.log_sum_exp(z, torch.arange(len(z), device=z.device), scale))
-        if isinstance(self.inputs.temperature, Tensor):
+        if isinstance(self.inputs.temperature, Tensor) and self.inputs.temperature.ndim:
             return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, chunk.index, scale))
         # At one temperature for all, each target row once: several pairs share it.
         every = torch.arange(len(t), device=t.device)
         return lse_z, vocabulary.log_sum_exp(passes.log_sum_exp(t, every, scale[:1].repeat(len(t))))[chunk.index]
+
+    def _coefficients(
+        self, objective: Objective, local: dict[str, Tensor], valid: Tensor, normaliser: Tensor | float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The chunk's loss, and its derivative with respect to each statistic [K, R] that the objective uses."""
+        leaves = [name for name in self.differentiable if self.wants_gradient]
+        with torch.enable_grad():
+            pair_loss = objective(ChainStats(valid, **{k: v.requires_grad_(k in leaves) for k, v in local.items()}))
+            if pair_loss.shape != valid.shape:
+                raise ValueError(
+                    f"the objective returned shape {tuple(pair_loss.shape)}, expected {tuple(valid.shape)} (K, R)"
+                )
+            loss = torch.where(valid, pair_loss, 0.0).sum() / normaliser
+            if not self.wants_gradient:
+                return loss.detach(), {}
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"the objective has no gradient: of {', '.join(DIFFERENTIABLE)} it must name in `statistics` what it "
+                    f"differentiates, and use it; it names {', '.join(self.differentiable) or 'none'}"
+                )
+            found = torch.autograd.grad(loss, [local[name] for name in leaves], allow_unused=True)
+        return loss.detach(), {name: g for name, g in zip(leaves, found, strict=True) if g is not None}
 
     def _hidden_gradient(self, rows: _Rows, coefficients: dict[str, Tensor]) -> Tensor:
         """sum over statistics of coefficient [P] times d statistic/d hidden state: [P, d] in the draft's dtype."""
@@ -212,21 +240,6 @@ def row_coefficients(
     if log_q is not None:
         on_q = on_q - log_q
     return on_q, alpha, None if kl is None else -kl, reverse_kl, log_q
-
-
-def _coefficients(objective, local, valid, wants_gradient) -> tuple[Tensor, dict[str, Tensor]]:
-    """The chunk's loss, and its derivative with respect to each statistic [K, R] that the objective uses."""
-    with torch.enable_grad():
-        leaves = {name: value.requires_grad_(wants_gradient and name in DIFFERENTIABLE) for name, value in local.items()}
-        pair_loss = objective(ChainStats(valid, **leaves))
-        if pair_loss.shape != valid.shape:
-            raise ValueError(f"the objective returned shape {tuple(pair_loss.shape)}, expected {tuple(valid.shape)} (K, R)")
-        loss = torch.where(valid, pair_loss, 0.0).sum()
-        if not wants_gradient or not loss.requires_grad:
-            return loss.detach(), {}
-        inputs = {name: value for name, value in leaves.items() if value.requires_grad}
-        found = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
-    return loss.detach(), {name: g for name, g in zip(inputs, found, strict=True) if g is not None}
 
 
 def _first_rows(buffer: Tensor, rows: int) -> Tensor:

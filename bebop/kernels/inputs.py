@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bebop.kernels.vocabulary import Vocabulary
+
 
 @dataclass
 class ChainInputs:
@@ -41,14 +43,14 @@ class ChainInputs:
         if isinstance(self.temperature, Tensor) and self.temperature.shape not in ((), (chains,)):
             raise ValueError(f"temperature is {tuple(self.temperature.shape)}, expected a number or [N] = ({chains},)")
 
-    def check_values(self, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    def check_values(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
         """target_rows, tokens and valid on the host, after a look at what they hold and at what they point to."""
         target_rows, tokens, valid = (x.cpu() for x in (self.target_rows, self.tokens, self.valid))
         if bool((valid[1:] & ~valid[:-1]).any()):
             raise ValueError(
                 "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
             )
-        for name, x, bound in (("target_rows", target_rows, len(self.target)), ("tokens", tokens, vocabulary)):
+        for name, x, bound in (("target_rows", target_rows, len(self.target)), ("tokens", tokens, vocabulary.total)):
             if bool((valid & ((x < 0) | (x >= bound))).any()):
                 found = x[valid]
                 raise ValueError(
@@ -60,13 +62,16 @@ class ChainInputs:
             used = torch.tensor(self.temperature)
         if not bool(((used > 0) & used.isfinite()).all()):
             raise ValueError(f"temperature is {self.temperature}, expected above 0 (greedy serving has no TV loss)")
-        rows = self.target_rows[self.valid]
-        for name, finite in (
-            ("draft_hidden of valid pairs", _finite_rows(self.draft)[self.valid]),
-            ("target_hidden in rows of valid pairs", _finite_rows(self.target)[rows]),
-            ("weight", torch.stack(self.weight.aminmax()).isfinite() if len(rows) else torch.ones(1)),
-        ):
-            if not bool(finite.all()):
+        names = ("draft_hidden of valid pairs", "target_hidden in rows of valid pairs", "weight")
+        bad = torch.stack(
+            [
+                ~_finite_rows(self.draft)[self.valid].all(),
+                ~_finite_rows(self.target)[self.target_rows[self.valid]].all(),
+                ~torch.stack(self.weight.aminmax()).isfinite().all(),
+            ]
+        ).long()
+        for name, found in zip(names, vocabulary.sum(bad).tolist(), strict=True):
+            if found:  # in any part of a split vocabulary, so that all processes stop
                 raise ValueError(f"{name} holds NaN or inf; expected finite numbers")
         return target_rows, tokens, valid
 

@@ -19,8 +19,8 @@ from bebop.kernels.chunked_op import ChunkedOp, Objective
 from bebop.kernels.inputs import ChainInputs
 from bebop.kernels.stats import DIFFERENTIABLE, ChainStats
 
-# 256 MiB are 64 chains at K = 3 and V = 248,320: products of 256 rows.
-DEFAULT_CHUNK_BYTES = 256 * 2**20
+# At K = 3 and V = 151,936 room for 192 chains on a CPU and 128 with a bf16 lm_head on a GPU: products of hundreds of rows.
+DEFAULT_CHUNK_BYTES = 512 * 2**20
 
 
 @torch.compiler.disable  # a graph break: chunks depend on which pairs are valid
@@ -50,8 +50,10 @@ def linear_chain_loss(
         target_rows: [K, N] int64, the row of `target_hidden` that step k of chain n is judged against.
         tokens: [K, N] int64, the text's token that step k of chain n predicts.
         valid: [K, N] bool. The other arguments may hold anything, NaN included, where it is False.
-        objective: maps ChainStats with tensors [K, R] to the loss of every pair [K, R]; differentiable PyTorch.
-        statistics: names from `STATISTICS` to compute; `alpha`, `log_q` and `log_p` always are.
+        objective: maps ChainStats with tensors [K, R] to the loss of every pair [K, R]; differentiable PyTorch. Tensors
+            that it closes over get no gradient.
+        statistics: names from `STATISTICS` to compute. `alpha`, `log_q` and `log_p` always are, but the objective's
+            derivative is taken only with respect to those named here.
         normaliser: divides the sum; the number of valid pairs if None. Pass the count of the whole optimiser step when
             it is split over micro-batches or ranks.
         temperature: divides both sides' logits; a number, or [N], one per chain.
@@ -74,8 +76,8 @@ def linear_chain_loss(
     op = ChunkedOp(inputs, statistics, chunk_bytes, top_k, vocabulary_group)
     if normaliser is None:
         normaliser = valid.sum().clamp(min=1)
-    loss, *values = _ChainLoss.apply(draft_hidden, op, objective)
-    return loss / normaliser, ChainStats(valid, **dict(zip(op.names, values, strict=True)))
+    loss, *values = _ChainLoss.apply(draft_hidden, op, objective, normaliser)
+    return loss, ChainStats(valid, **dict(zip(op.names, values, strict=True)))
 
 
 @torch.compiler.disable
@@ -110,8 +112,8 @@ class _ChainLoss(torch.autograd.Function):
     """Loss and its gradient in one forward, as the logits do not outlive their chunk; backward only scales."""
 
     @staticmethod
-    def forward(ctx, draft: Tensor, op: ChunkedOp, objective: Objective):
-        loss, stats, gradient = op.loss(objective)
+    def forward(ctx, draft: Tensor, op: ChunkedOp, objective: Objective, normaliser: Tensor | float):
+        loss, stats, gradient = op.loss(objective, normaliser)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(*stats.values())
         return loss, *stats.values()
@@ -120,7 +122,7 @@ class _ChainLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_loss, *_):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_loss.to(gradient.dtype), None, None
+        return gradient * grad_loss.to(gradient.dtype), None, None, None
 
 
 class _ChainStatistics(torch.autograd.Function):
@@ -139,8 +141,9 @@ class _ChainStatistics(torch.autograd.Function):
     def backward(ctx, *grads):
         valid, *gradients = ctx.saved_tensors
         incoming = dict(zip(ctx.names, grads, strict=True))
-        total = torch.zeros_like(gradients[0])
-        for name, gradient in zip(ctx.kept, gradients, strict=True):
-            # What flows back to invalid pairs may be NaN; their rows are 0.
-            total.addcmul_(gradient, torch.where(valid, incoming[name], 0.0).unsqueeze(-1).to(gradient.dtype))
+        # What flows back to invalid pairs may be NaN; their rows are 0.
+        scales = [torch.where(valid, incoming[name], 0.0).unsqueeze(-1) for name in ctx.kept]
+        total = torch.empty_like(gradients[0])
+        for k in range(len(total)):  # step by step, as the products are wider than low-precision gradients
+            total[k] = sum(scale[k] * gradient[k] for scale, gradient in zip(scales, gradients, strict=True))
         return total, None

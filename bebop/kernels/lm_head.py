@@ -1,4 +1,4 @@
-"""Products with the frozen lm_head that keep logits in fp32, whatever its dtype and whatever the device can do."""
+"""Products with the frozen lm_head that keep logits in fp32, whatever its dtype."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,21 +6,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# A CPU multiplies low-precision weights part by part, in fp32. Parts this large stay in its cache.
+# Low-precision weights are upcast part by part on a CPU. Parts this large stay in its cache.
 _SLAB_BYTES = 8 * 2**20
 
 
 class LmHead:
     """W [V, d] and the two products with it: operands in its dtype, accumulation and results in fp32 (fp64 for fp64).
 
-    CPU products return their operands' dtype, so there slabs of W are upcast on the way. Their products under matmul
-    precision "medium" (bf16 operands, fp32 sums: AMX where there is one) are exact, as the slabs hold bf16 numbers.
+    Only CUDA has products with results wider than their operands. Elsewhere slabs of W are upcast on the way; a CPU may
+    multiply them in bf16 units with fp32 sums (AMX), which is exact, as the slabs hold bf16 numbers.
     """
 
     def __init__(self, weight: Tensor):
         self.weight = weight
         self.accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.in_slabs = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+        self.in_slabs = weight.device.type != "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
         # What `back` takes: on a CPU in slabs fp32, so the gradient may overwrite the logits.
         self.gradient_dtype = torch.float32 if self.in_slabs else weight.dtype
 
@@ -61,9 +61,10 @@ class LmHead:
     @contextmanager
     def _precision(self) -> Iterator[None]:
         """Whatever precision the caller's own products run at: the logits decide which tokens get gradient."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if self.weight.dtype == torch.bfloat16 else "highest")
+        matmul = (torch.backends.cuda if self.weight.is_cuda else torch.backends.mkldnn).matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16" if self.in_slabs and self.weight.dtype == torch.bfloat16 else "ieee"
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            matmul.fp32_precision = before

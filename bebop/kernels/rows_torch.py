@@ -42,7 +42,9 @@ def _row_pass(function):
         reason = compile_unavailable_reason(rows.device, rows.dtype)
         # A size of 1 would be compiled anew for every combination of sizes, and one row costs nothing.
         if reason is None and all(x.shape[0] > 1 for x in (rows, *args) if isinstance(x, Tensor)):
-            return compiled(rows, *args)
+            # Objectives differ in which coefficients they have: more variants than torch's default limit of 8.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                return compiled(rows, *args)
         if reason is not None and rows.dtype == torch.float32:
             _warn_eager(reason)
         return function(rows, *args)

@@ -22,14 +22,14 @@ def log_sum_exp_kernel(x, index, scale, highest_out, total_out, V, stride_x, BLO
     s = tl.load(scale + row)
     columns = tl.arange(0, BLOCK)
     highest = -float("inf")
-    total = 0.0
+    total = tl.full((), 0.0, tl.float64)
     for start in range(0, V, BLOCK):
         at = start + columns
         value = tl.load(x + at, mask=at < V, other=-float("inf")).to(tl.float32) * s
         new = tl.maximum(highest, tl.max(value, 0))
         # While everything so far is -inf, -inf - -inf would be NaN.
         safe = tl.where(new == -float("inf"), 0.0, new)
-        total = total * tl.exp(highest - safe) + tl.sum(tl.exp(value - safe), 0)
+        total = total * tl.exp(highest - safe).to(tl.float64) + tl.sum(tl.exp(value - safe), 0).to(tl.float64)
         highest = new
     tl.store(highest_out + row, highest)
     tl.store(total_out + row, total)
@@ -122,10 +122,11 @@ def gradient_kernel(
 
 
 def log_sum_exp(x: Tensor, index: Tensor, scale: Tensor) -> Tensor:
-    highest, total = torch.empty(2, len(index), dtype=torch.float32, device=x.device)
+    highest = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    total = torch.empty_like(highest, dtype=torch.float64)
     with _device(x):
         log_sum_exp_kernel[(len(index),)](x, index, scale, highest, total, x.shape[1], x.stride(0), **REDUCTION)
-    return highest.double() + total.double().log()
+    return highest.double() + total.log()
 
 
 def statistics(

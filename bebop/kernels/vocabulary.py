@@ -15,15 +15,14 @@ class Vocabulary:
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup | None, device: torch.device):
-        self.group = group
-        sizes = torch.tensor([size], device=device)
+        self.group, self.size = group, size
+        self.start, self.largest, self.total = 0, size, size
         if group is not None:
-            parts = [torch.empty_like(sizes) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(parts, sizes, group=group)
-            sizes = torch.cat(parts)
-        rank = 0 if group is None else dist.get_rank(group)
-        self.size = size
-        self.start, self.largest, self.total = (int(x) for x in (sizes[:rank].sum(), sizes.max(), sizes.sum()))
+            own = torch.tensor([size], device=device)
+            parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(parts, own, group=group)
+            sizes = [int(part) for part in parts]
+            self.start, self.largest, self.total = sum(sizes[: dist.get_rank(group)]), max(sizes), sum(sizes)
 
     def sum(self, x: Tensor) -> Tensor:
         """x of all processes added up, in place."""

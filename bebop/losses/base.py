@@ -31,7 +31,8 @@ class ChainLoss(nn.Module):
         vocabulary_group: the processes over which the lm_head is split by rows, if it is; see there.
 
     Attributes:
-        statistics: names of the statistics that `pair_loss` differentiates or reads besides log_q and log_p.
+        statistics: names of the statistics that `pair_loss` reads; alpha, log_q and log_p are always there, but carry
+            gradient only where they are named.
         couples_chains: whether `pair_loss` of a chain depends on other chains. It is then called once with all N chains,
             and the op keeps K N d numbers for each of alpha, kl, reverse_kl and log_q in `statistics`.
     """
@@ -57,6 +58,7 @@ class ChainLoss(nn.Module):
         """Loss of every pair [K, N], a differentiable function of `stats`; what it says of invalid pairs is ignored."""
         raise NotImplementedError
 
+    @torch.compiler.disable  # a graph break: the work depends on which pairs are valid
     def forward(
         self,
         draft_hidden: Tensor,
@@ -87,6 +89,7 @@ class ChainLoss(nn.Module):
         Raises:
             ValueError: arguments that do not fit, see `bebop.kernels.linear_chain_loss`.
         """
+        self._check_documents(documents, valid)
         options = {
             "target_rows": target_rows,
             "tokens": tokens,
@@ -139,13 +142,28 @@ class ChainLoss(nn.Module):
             raise ValueError(
                 "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
             )
+        for name, x in (("tokens", tokens), ("valid", valid)):
+            if x is not None and x.shape != draft_logits.shape[:2]:
+                raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(draft_logits.shape[:2])} ([K, N])")
         objective = cls(**options)
         if tokens is None and "log_q" in objective.statistics:
             raise ValueError(f"{cls.__name__} reads the text's tokens; pass tokens=[K, N]")
+        objective._check_documents(documents, draft_logits[..., 0])
         stats = chain_statistics(draft_logits, target_logits, tokens, valid, temperature, documents, objective.top_k)
         return objective._mean(stats, normaliser)
 
     def _mean(self, stats: ChainStats, normaliser: Tensor | float | None) -> Tensor:
         if normaliser is None:
             normaliser = stats.valid.sum().clamp(min=1)
-        return torch.where(stats.valid, self.pair_loss(stats), 0.0).sum() / normaliser
+        pair_loss = self.pair_loss(stats)
+        if pair_loss.shape != stats.valid.shape:
+            raise ValueError(
+                f"pair_loss returned shape {tuple(pair_loss.shape)}, expected {tuple(stats.valid.shape)} (K, N)"
+            )
+        return torch.where(stats.valid, pair_loss, 0.0).sum() / normaliser
+
+    def _check_documents(self, documents: Tensor | None, chains: Tensor) -> None:
+        if documents is None and self.couples_chains:
+            raise ValueError(f"{type(self).__name__} follows the chains of a document; pass documents=[N]")
+        if documents is not None and documents.shape != chains.shape[1:]:
+            raise ValueError(f"documents is {tuple(documents.shape)}, expected [N] = {tuple(chains.shape[1:])}")

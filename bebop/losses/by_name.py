@@ -36,18 +36,17 @@ def loss_by_name(text: str, **common) -> ChainLoss:
     Raises:
         ValueError: an unknown name or something else that is not such a sum.
     """
-    terms = []
+    terms: list[tuple[float, type[ChainLoss]]] = []
     for term in text.split("+"):
         match = re.fullmatch(r"\s*(?:(\d*\.?\d+(?:e-?\d+)?)(?:\s+|\s*\*\s*))?(\w+)\s*", term)
         if match is None or match[2] not in LOSSES:
-            raise ValueError(f"{term.strip()!r} is no objective; expected one of {', '.join(LOSSES)}, or '{_EXAMPLE}'")
+            raise ValueError(
+                f"{term.strip()!r} is no objective; expected one of {', '.join(LOSSES)}, or a sum as 'e2e_tv + 0.1 ce'"
+            )
         weight = 1.0 if match[1] is None else float(match[1])
         if not 0 < weight < math.inf:
             raise ValueError(f"{term.strip()!r} has weight {weight}; expected one above 0")
-        terms.append((weight, LOSSES[match[2]]()))
+        terms.append((weight, LOSSES[match[2]]))
     if len(terms) == 1 and terms[0][0] == 1.0:
-        return type(terms[0][1])(**common)
-    return WeightedSumLoss(terms=terms, **common)
-
-
-_EXAMPLE = "e2e_tv + 0.1 ce"
+        return terms[0][1](**common)
+    return WeightedSumLoss(terms=[(weight, loss()) for weight, loss in terms], **common)

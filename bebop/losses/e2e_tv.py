@@ -4,6 +4,7 @@ from torch import Tensor
 
 from bebop.kernels.stats import ChainStats
 from bebop.losses.base import ChainLoss
+from bebop.losses.chain_products import cumulative_product
 
 
 class E2ETVLoss(ChainLoss):
@@ -14,4 +15,4 @@ class E2ETVLoss(ChainLoss):
     """
 
     def pair_loss(self, stats: ChainStats) -> Tensor:
-        return 1.0 - stats.alpha.cumprod(dim=0)
+        return 1.0 - cumulative_product(stats.alpha)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bebop.kernels.stats import ChainStats
 from bebop.losses.base import ChainLoss
+from bebop.losses.chain_products import cumulative_product
 from bebop.losses.realised import realised_acceptance
 
 
@@ -15,15 +16,17 @@ class Rounds(NamedTuple):
 
     starts: [N], omega(n), the probability that a round starts at chain n.
     remaining: [N], E(n), expected rounds from a round at chain n to the end of its response.
+    next: [K+1, N], E(n + j + 1), those that are left after a round at n that accepts j drafts; 0 past the response's end.
     """
 
     starts: Tensor
     remaining: Tensor
+    next: Tensor
 
 
 def accepted_counts(accepts: Tensor, valid: Tensor) -> Tensor:
     """P(J = j) [K+1, N], j = 0..K: the probability that a round at chain n accepts j drafts, from r_k [K, N] (derived)."""
-    reached = torch.where(valid, accepts, 0.0).cumprod(0)
+    reached = cumulative_product(torch.where(valid, accepts, 0.0))
     one = torch.ones_like(reached[:1])
     return torch.cat([one, reached]) - torch.cat([reached, 0 * one])
 
@@ -45,6 +48,7 @@ def rounds(counts: Tensor, valid: Tensor, documents: Tensor) -> Rounds:
     counts, valid, documents = counts.detach().double().cpu(), valid.cpu(), documents.cpu()
     chains = valid[0].nonzero().squeeze(1)
     starts, remaining = (torch.zeros(counts.shape[1], dtype=torch.float64) for _ in range(2))
+    ahead = torch.zeros_like(counts)
     if len(chains):
         new = torch.ones(len(chains), dtype=torch.bool)
         new[1:] = (chains.diff() > 1) | (documents[chains].diff() != 0)
@@ -63,7 +67,9 @@ def rounds(counts: Tensor, valid: Tensor, documents: Tensor) -> Rounds:
             back = longest - 1 - i
             expected[back] = alive[back] + (moves[back].T * expected[back + 1 : back + steps + 2]).sum(0)
         starts[chains], remaining[chains] = omega[place, response], expected[place, response]
-    return Rounds(starts.to(device), remaining.to(device))
+        for j in range(steps + 1):
+            ahead[j, chains] = expected[place + j + 1, response]
+    return Rounds(starts.to(device), remaining.to(device), ahead.to(device))
 
 
 class ExpectedRoundsLoss(ChainLoss):
@@ -79,14 +85,10 @@ class ExpectedRoundsLoss(ChainLoss):
     couples_chains = True
 
     def pair_loss(self, stats: ChainStats) -> Tensor:
-        if stats.documents is None:
-            raise ValueError("expected rounds follow the chains of a document; pass documents=[N]")
-        steps, chains = stats.valid.shape
+        assert stats.documents is not None, "checked by ChainLoss"
         counts = accepted_counts(realised_acceptance(stats), stats.valid)  # [K+1, N]
-        starts, remaining = rounds(counts, stats.valid, stats.documents)
-        ahead = torch.cat([remaining, remaining.new_zeros(steps + 1)])
-        next_rounds = torch.stack([ahead[j + 1 : j + 1 + chains] for j in range(steps + 1)])  # E(n + j + 1)
+        here = rounds(counts, stats.valid, stats.documents)
         # dE(first)/dP(J = j | n) = omega(n) E(n + j + 1), and E(first) = sum_n omega(n).
-        weighted = (counts * (starts * next_rounds).to(counts.dtype)).sum(0)
-        each = starts.to(counts.dtype) + weighted - weighted.detach()
-        return torch.cat([steps * each.unsqueeze(0), torch.zeros_like(stats.log_q[1:])])
+        weighted = (counts * (here.starts * here.next).to(counts.dtype)).sum(0)
+        each = here.starts.to(counts.dtype) + weighted - weighted.detach()
+        return torch.cat([len(stats.valid) * each.unsqueeze(0), torch.zeros_like(stats.log_q[1:])])

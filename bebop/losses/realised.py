@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bebop.kernels.stats import ChainStats
 from bebop.losses.base import ChainLoss
+from bebop.losses.chain_products import cumulative_product
 
 
 def realised_acceptance(stats: ChainStats) -> Tensor:
@@ -12,12 +13,12 @@ def realised_acceptance(stats: ChainStats) -> Tensor:
 
     1 where a pair is not valid. Ties by strict "<", as everywhere: no gradient at q(x) = p(x).
     """
-    return torch.where(stats.log_q < stats.log_p, (stats.log_q - stats.log_p).exp(), 1.0)
+    return torch.where(stats.log_q < stats.log_p, stats.log_q - stats.log_p, 0.0).exp()
 
 
 def reach_probability(accepts: Tensor) -> Tensor:
     """prod_{i<k} accepts_i [K, N]: the probability that step k of a chain is reached."""
-    return torch.cat([torch.ones_like(accepts[:1]), accepts[:-1]]).cumprod(0)
+    return cumulative_product(torch.cat([torch.ones_like(accepts[:1]), accepts[:-1]]))
 
 
 class RealisedE2ETVLoss(ChainLoss):

@@ -51,7 +51,7 @@ class TrainConfig:
     held_out_share: float = _option(0.05, "Share of rollouts kept for evaluation, chosen by their hash.")
     cache_states: bool = _option(False, "Compute backbone states once and keep them in memory, instead of every epoch.")
     dtype: str = _option("auto", "Of backbone and compute: 'bf16', 'fp32', or 'auto' (bf16 where the machine has it).")
-    chunk_mib: int = _option(256, "Budget for the logits of one chunk of the loss, in MiB.")
+    chunk_mib: int = _option(512, "Budget for the logits of one chunk of the loss, in MiB.")
 
     evaluate_every: int = _option(0, "Evaluate on the held-out rollouts every so many steps; 0: before and after only.")
     save_every: int = _option(200, "Write a checkpoint every so many steps.")

@@ -7,15 +7,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import MtpModel
 
 from bebop.backbone import Backbone
 from bebop.errors import InputError
 from bebop.export import writer
-from bebop.export.serving import splits_text_differently, vllm_command
+from bebop.export.check import check_export
+from bebop.export.serving import serve_commands, splits_text_differently
 from bebop.export.writer import export_head
+from bebop.families import MIMO
 from bebop.heads.loading import head_for, save_head
 from tests.rollouts import make_tokenizer
-from tests.tiny_models import make_backbone, make_checkpoint, scramble
+from tests.tiny_models import make_backbone, make_checkpoint, make_model, make_wrapper, scramble
 
 
 @pytest.fixture(params=["qwen2", "llama"])
@@ -95,7 +98,9 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path):
     save_head(head_for(Backbone.load(str(target), torch.float32))[0], tmp_path / "head", {})
     other = make_checkpoint(tmp_path / "other", "qwen2", hidden_size=64)
     native = make_checkpoint(tmp_path / "native", "qwen3_5_text")
-    with_head = make_checkpoint(tmp_path / "with_head", "qwen2", native_head=True)
+    quantised = make_checkpoint(tmp_path / "quantised", "qwen2")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for arguments, message in (
@@ -103,8 +108,8 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path):
         ((tmp_path / "nothing", str(target), tmp_path / "out"), "has no head.safetensors"),
         ((tmp_path / "head", str(tmp_path / "nothing"), tmp_path / "out"), "does not exist"),
         ((tmp_path / "head", str(other), tmp_path / "out"), "expected \\(64, 128\\)"),
-        ((tmp_path / "head", str(native), tmp_path / "out"), "export of qwen3_5 heads is not implemented"),
-        ((tmp_path / "head", str(with_head), tmp_path / "out"), "already holds model.mtp_layers.0"),
+        ((tmp_path / "head", str(native), tmp_path / "out"), "is a mimo head, the target needs qwen3_5"),
+        ((tmp_path / "head", str(quantised), tmp_path / "out"), "is quantised"),
     ):
         with pytest.raises(InputError, match=message):
             export_head(*arguments)
@@ -123,7 +128,9 @@ def test_a_tensor_that_reads_back_differently_is_noticed(tmp_path, monkeypatch):
 
 def test_serve_command_asks_for_probabilistic_drafts():
     """vLLM's default drafts greedily, and a head trained for rejection sampling cannot pay there."""
-    command = vllm_command("out", 3)
+    commands = serve_commands(MIMO, "out", 3)
+    assert commands.keys() == {"vLLM"}, "SGLang feeds a MiMo head another state than it was trained on"
+    command = commands["vLLM"]
     options = json.loads(command.partition("--speculative-config ")[2].strip("'"))
     assert options == {"method": "mtp", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
 
@@ -142,3 +149,71 @@ def test_export_of_the_same_head_for_its_own_backbone(tmp_path):
     head, _ = head_for(backbone)
     save_head(head, tmp_path / "head", {})
     assert export_head(tmp_path / "head", str(tmp_path / "target"), tmp_path / "export") == {"family": "mimo"}
+
+
+NATIVE = ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"]
+
+
+@pytest.mark.parametrize("kind", [*NATIVE, "qwen2"])
+def test_an_untouched_native_head_comes_out_bit_for_bit(kind, tmp_path):
+    """Also where it lay among the target's own tensors, and in bf16."""
+    target = make_checkpoint(tmp_path / "fp32", kind, native_head=True)
+    one = {k: v.bfloat16() for shard in sorted(target.glob("*.safetensors")) for k, v in load_file(shard).items()}
+    for path in (*target.glob("*.safetensors"), target / "model.safetensors.index.json"):
+        path.unlink()
+    writer.save_file(one, target / "model.safetensors", metadata={"format": "pt"})
+    backbone = Backbone.load(str(target), torch.float32)
+    head, origin = head_for(backbone)
+    assert origin == "checkpoint"
+    save_head(head, tmp_path / "head", {"draft_steps": 3, "temperature": 1.0})
+    export_head(tmp_path / "head", str(target), tmp_path / "export")
+    found = {k: v for shard in (tmp_path / "export").glob("*.safetensors") for k, v in load_file(shard).items()}
+    assert found.keys() == one.keys()
+    assert all(torch.equal(found[name], one[name]) for name in one)
+    assert not check_export(tmp_path / "export").problems
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_config_says_what_each_engine_reads(kind, tmp_path):
+    target = make_checkpoint(tmp_path / "target", kind)
+    path = target / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("full_attention_interval", "partial_rotary_factor", "architectures"):
+        config.pop(key, None)
+    path.write_text(json.dumps(config))
+    save_head(head_for(Backbone.load(str(target), torch.float32))[0], tmp_path / "head", {})
+    export_head(tmp_path / "head", str(target), tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["num_nextn_predict_layers" if kind == "qwen3_next" else "mtp_num_hidden_layers"] == 1
+    assert config["num_mtp_layers"] == 1
+    assert config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
+    assert config["full_attention_interval"] == 4
+    assert config["rope_parameters"]["partial_rotary_factor"] == config["partial_rotary_factor"]
+    name = {"qwen3_5_text": "Qwen3_5", "qwen3_5_moe_text": "Qwen3_5Moe", "qwen3_next": "Qwen3Next"}[kind]
+    assert config["architectures"] == [name + "ForCausalLM"]
+
+
+@pytest.mark.parametrize("kind", NATIVE)
+def test_transformers_reads_the_exported_head(kind, tmp_path):
+    """transformers' own MtpModel is strict about names and shapes."""
+    target = make_checkpoint(tmp_path / "target", kind)
+    head, _ = head_for(Backbone.load(str(target), torch.float32))
+    scramble(head, seed=4)
+    save_head(head, tmp_path / "head", {})
+    export_head(tmp_path / "head", str(target), tmp_path / "export")
+    theirs = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
+    assert torch.equal(theirs.layers[0].input_layernorm.weight, head.part(head.family.layer).input_layernorm.weight)
+
+
+def test_a_multimodal_wrapper_keeps_its_shape(tmp_path):
+    """Published Qwen3.5 checkpoints: the text config is nested, and so is what the head adds to it."""
+    target = make_wrapper(tmp_path / "target", make_model("qwen3_5_text"), native_head=True)
+    head, origin = head_for(Backbone.load(str(target), torch.float32))
+    assert origin == "checkpoint"
+    save_head(head, tmp_path / "head", {})
+    export_head(tmp_path / "head", str(target), tmp_path / "export")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert config["text_config"]["mtp_num_hidden_layers"] == 1
+    assert "mtp_num_hidden_layers" not in config
+    assert not check_export(tmp_path / "export").problems

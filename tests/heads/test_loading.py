@@ -11,7 +11,7 @@ from bebop.heads.loading import head_for, load_native, native_state_dict, read_h
 from tests.tiny_models import make_backbone, make_checkpoint, scramble
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
 def test_native_head_round_trip(kind, tmp_path):
     """Checkpoint -> head -> native tensors gives the checkpoint's tensors back bit for bit, names included."""
     backbone = make_backbone(tmp_path, kind, native_head=True)
@@ -100,7 +100,7 @@ def test_announced_head_without_tensors_is_an_error(tmp_path):
         head_for(Backbone.load(str(tmp_path), torch.float32))
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
 def test_cold_start_takes_the_last_full_attention_layer(kind, tmp_path):
     backbone = make_backbone(tmp_path, kind)
     head, origin = head_for(backbone)

@@ -121,7 +121,7 @@ def test_tap_is_the_state_the_family_names(backbone):
     assert is_post_norm == (backbone.family.name != "mimo")
 
 
-@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_next"], indirect=True)
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"], indirect=True)
 @torch.no_grad()
 def test_native_head_equals_transformers_mtp_model(kind, tmp_path):
     """transformers' own reader of native heads: first step of every anchor, from the same checkpoint."""

@@ -29,18 +29,27 @@ INTEGERS = ("index", "tokens")
 LOGITS = ("x", "z", "t")
 
 
+# What the objectives of LOSSES and the evaluation ask for, and everything at once.
+ASKED_SUMS = [("ALPHA",), ("ALPHA", "KL"), ("ALPHA", "REVERSE_KL"), ("ALPHA", "KL", "TARGET_ENTROPY"), SUMS]
+ASKED_TERMS = [("BELOW",), ("BELOW", "P"), ("P",), ("TOKEN",), ("BELOW", "TOKEN"), ("LOG_RATIO",), TERMS]
+
+
 def variants() -> Iterator[tuple[str, object, dict[str, bool], str, str]]:
-    """Name, kernel, flags, logits dtype and output dtype: what the op launches, and everything at once."""
+    """Name, kernel, flags, logits dtype and output dtype. The op's logits are fp32."""
     for logits in ("fp32", "bf16", "fp16"):
         yield "log_sum_exp", rows_triton.log_sum_exp_kernel, {}, logits, "fp32"
-        for wanted in (("ALPHA",), ("ALPHA", "KL"), ("ALPHA", "REVERSE_KL"), SUMS):
+        for wanted in ASKED_SUMS if logits == "fp32" else [SUMS]:
             yield "statistics", rows_triton.statistics_kernel, {flag: flag in wanted for flag in SUMS}, logits, "fp32"
-        for wanted, out in itertools.product(((), ("BELOW",), ("BELOW", "P"), ("TOKEN",), TERMS), ("fp32", "bf16", "fp16")):
-            yield "gradient", rows_triton.gradient_kernel, {flag: flag in wanted for flag in TERMS}, logits, out
+        for wanted in ASKED_TERMS if logits == "fp32" else [TERMS]:
+            for out in ("fp32", "bf16", "fp16"):
+                yield "gradient", rows_triton.gradient_kernel, {flag: flag in wanted for flag in TERMS}, logits, out
 
 
-def compile_one(kernel, flags: dict[str, bool], logits: str, out: str, architecture: int) -> dict[str, int]:
-    """Registers, spilled bytes and shared memory of one variant on one architecture."""
+def compile_one(kernel, flags: dict[str, bool], logits: str, out: str, architecture: int, aligned: bool) -> dict[str, int]:
+    """Registers, spilled bytes and shared memory of one variant on one architecture.
+
+    aligned: the vocabulary and the rows' strides are multiples of 16, as real ones are; loads are then wide.
+    """
     tiles = rows_triton.GRADIENT if kernel is rows_triton.gradient_kernel else rows_triton.REDUCTION
     constants = flags | {"BLOCK": tiles["BLOCK"]}
     signature = {}
@@ -52,13 +61,17 @@ def compile_one(kernel, flags: dict[str, bool], logits: str, out: str, architect
         elif name in INTEGERS:
             signature[name] = "*i64"
         else:
-            signature[name] = f"*{logits if name in LOGITS else out if name == 'out' else 'fp32'}"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name][0] == "*"}
+            dtype = logits if name in LOGITS else out if name == "out" else "fp64" if name == "total_out" else "fp32"
+            signature[name] = f"*{dtype}"
+    divisible = ("*", "i") if aligned else ("*",)
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if signature[name].startswith(divisible)
+    }
     source = ASTSource(
         fn=kernel,
         signature=signature,
         constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs=aligned,
+        attrs=attributes,
     )
     found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": tiles["num_warps"]})
     with tempfile.TemporaryDirectory() as folder:
@@ -75,11 +88,12 @@ def compile_one(kernel, flags: dict[str, bool], logits: str, out: str, architect
 
 def main() -> int:
     bad = 0
-    for architecture in ARCHITECTURES:
+    for architecture, aligned in itertools.product(ARCHITECTURES, (True, False)):
         for name, kernel, flags, logits, out in variants():
-            found = compile_one(kernel, flags, logits, out, architecture)
+            found = compile_one(kernel, flags, logits, out, architecture, aligned)
             on = "+".join(flag.lower() for flag, is_on in flags.items() if is_on)
-            print(f"sm_{architecture} {name:12} {logits}->{out} {on:50}", *(f"{k} {v}" for k, v in found.items()))
+            kind = f"{name:12} {logits}->{out} {'aligned' if aligned else 'odd':8} {on:50}"
+            print(f"sm_{architecture} {kind}", *(f"{k} {v}" for k, v in found.items()))
             bad += found["spilled"] > 0 or found["shared"] > SHARED_BYTES
     print(f"{bad} variants spill or take more than {SHARED_BYTES} bytes of shared memory")
     return 1 if bad else 0

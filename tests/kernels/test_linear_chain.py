@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -30,12 +32,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @every_loss
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_loss_and_gradient_equal_the_oracle(name, dtype):
     chains = make_chains(dtype=dtype, vocabulary=4099, anchors=70)
     loss, gradient, _ = run(chains, name, temperature=0.7, chunk_bytes=4099 * 4 * 4 * 30)
     expected_loss, expected_gradient = oracle_gradient(chains, loss_by_name(name), temperature=0.7)
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}[dtype]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
     assert abs(loss - expected_loss) < (1e-12 if dtype == torch.float64 else 1e-6) * max(1, abs(expected_loss))
     assert gradient.dtype == dtype
     assert relative_error(gradient, expected_gradient) < tolerance
@@ -149,6 +151,92 @@ def test_top_k_equals_its_oracle(name):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+@pytest.mark.parametrize("steps", [5, 7])
+def test_long_chains_in_fp32(steps):
+    """The compiled passes, on several chunks."""
+    chains = make_chains(steps=steps, anchors=90, vocabulary=4099)
+    loss, gradient, stats = run(chains, chunk_bytes=4099 * 4 * (steps + 1) * 20)
+    expected_loss, expected_gradient = oracle_gradient(chains, E2ETVLoss())
+    assert abs(loss - expected_loss) < 1e-6
+    assert relative_error(gradient, expected_gradient) < 2e-4
+    assert stats.alpha.min() >= 0
+    assert stats.alpha.max() <= 1
+
+
+def test_normaliser():
+    chains = make_chains(dtype=torch.float64)
+    loss, gradient, _ = run(chains)
+    pairs = chains.valid.sum()
+    draft = chains.draft_hidden.detach().clone().requires_grad_()
+    other = E2ETVLoss()(draft, chains.target_hidden, chains.weight, **chains.arguments, normaliser=torch.tensor(700)).loss
+    other.backward()
+    torch.testing.assert_close(other.detach() * 700, loss * pairs)
+    torch.testing.assert_close(draft.grad * 700, gradient * pairs)
+
+
+def test_vocabulary_may_be_permuted_and_padding_cut_off():
+    chains = make_chains(dtype=torch.float64)
+    loss, gradient, _ = run(chains, "e2e_tv + 0.5 ce")
+    order = torch.randperm(257, generator=torch.Generator().manual_seed(0))
+    where = order.argsort()
+    padded = torch.cat([chains.weight[order], torch.full((31, 16), torch.nan, dtype=torch.float64)])
+    tokens = torch.where(chains.valid, where[chains.tokens.clamp(min=0)], -7)
+    other = run(dataclasses.replace(chains, weight=padded[:257], tokens=tokens), "e2e_tv + 0.5 ce")
+    torch.testing.assert_close(other[0], loss)
+    torch.testing.assert_close(other[1], gradient)
+
+
+@pytest.mark.parametrize(
+    ("name", "with_gradient", "deferred", "back"),
+    [
+        ("e2e_tv", True, False, 1),
+        ("e2e_tv + 0.3 ce + 0.2 reverse_kl", True, False, 1),
+        ("e2e_tv", False, False, 0),
+        ("e2e_tv", True, True, 1),
+        ("realised_e2e_tv", True, True, 2),
+        ("realised_e2e_tv", False, True, 0),
+    ],
+)
+def test_number_of_products(name, with_gradient, deferred, back, monkeypatch):
+    """2K+1 with gradient and K+1 without, however many terms: rows that go through the lm_head, target rows once."""
+    chains = make_chains(anchors=50)
+    chains.valid[:] = True
+    target_rows = torch.arange(50) + torch.arange(3).unsqueeze(1)
+    chains = dataclasses.replace(chains, target_rows=target_rows, tokens=chains.tokens.clamp(min=0))
+    draft = torch.randn(3, 50, 16).requires_grad_(with_gradient)
+    counted = {"logits": 0, "back": 0}
+    for way in counted:
+        original = getattr(LmHead, way)
+
+        def counting(self, rows, *rest, way=way, original=original):
+            counted[way] += len(rows)
+            return original(self, rows, *rest)
+
+        monkeypatch.setattr(LmHead, way, counting)
+    objective = loss_by_name(name)
+    if deferred:
+        arguments = chains.indices | {"statistics": objective.statistics}
+        linear_chain_statistics(draft, chains.target_hidden, chains.weight, **arguments)
+    else:
+        objective(draft, chains.target_hidden, chains.weight, **chains.arguments)
+    assert counted == {"logits": 3 * 50 + 52, "back": back * 3 * 50}
+
+
+def test_every_objective_runs_compiled():
+    """All variants together stay below the limit after which torch.compile would give up and run eagerly."""
+    torch._dynamo.utils.counters.clear()
+    for name in (*LOSSES, "e2e_tv + 0.3 ce + 0.2 reverse_kl", "kl + ce", "reverse_kl + ce"):
+        for dtype in (torch.float32, torch.bfloat16):
+            run(make_chains(dtype=dtype, anchors=30), name)
+            run(make_chains(dtype=dtype, anchors=40, steps=1), name)
+    for statistics in (("alpha", "kl"), ("kl", "reverse_kl", "log_q")):
+        chains = make_chains()
+        draft = chains.draft_hidden.clone().requires_grad_()
+        linear_chain_statistics(draft, chains.target_hidden, chains.weight, **chains.indices, statistics=statistics)
+    assert not any("recompile_limit" in reason for reason in torch._dynamo.utils.counters["unimplemented"])
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 10
+
+
 def test_nothing_valid_gives_zero_connected_to_the_graph():
     chains = make_chains()
     chains.valid[:] = False
@@ -207,17 +295,30 @@ def test_autocast_does_not_reach_the_logits():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_callers_matmul_precision_is_neither_used_nor_changed(dtype):
-    """In a trainer that sets "medium" or "high" for its own fp32 products, the gradient would be off by a tenth."""
+@pytest.mark.parametrize("interface", ["old", "new"])
+def test_callers_matmul_precision_is_neither_used_nor_changed(dtype, interface):
+    """In a trainer that sets "medium" or "high" for its own fp32 products, the gradient would be off by a tenth.
+
+    (Only on a CPU with bf16 units does the first assertion see it.)
+    """
     chains = make_chains(vocabulary=4099, dtype=dtype, size=64)
-    before = torch.get_float32_matmul_precision()
     expected = run(chains)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    legacy = torch.get_float32_matmul_precision() if interface == "old" else None
     try:
-        torch.set_float32_matmul_precision("medium")
+        if interface == "old":
+            torch.set_float32_matmul_precision("medium")
+        else:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        during = torch.backends.mkldnn.matmul.fp32_precision
         found = run(chains)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == during
+        if interface == "old":
+            assert torch.get_float32_matmul_precision() == "medium"
     finally:
-        torch.set_float32_matmul_precision(before)
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        torch.backends.mkldnn.matmul.fp32_precision = before
     assert relative_error(found[1], expected[1].double()) < 1e-2
     assert abs(found[0] - expected[0]) < 1e-6
 
@@ -235,6 +336,19 @@ def test_works_inside_a_compiled_step():
     expected, layer.weight.grad = layer.weight.grad, None
     torch.compile(step)().backward()
     torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_a_coupled_objective_inside_a_compiled_step():
+    """Its recursion over the texts must not be unrolled into the graph: other lengths would compile anew."""
+    layer = torch.nn.Linear(16, 16)
+    loss_fn = loss_by_name("expected_rounds")
+
+    def step(chains):
+        return loss_fn(layer(chains.draft_hidden.nan_to_num()), chains.target_hidden, chains.weight, **chains.arguments).loss
+
+    compiled = torch.compile(step, dynamic=True)
+    for anchors in (40, 60):
+        torch.testing.assert_close(compiled(make_chains(anchors=anchors)), step(make_chains(anchors=anchors)))
 
 
 def test_behind_a_checkpointed_head():
@@ -306,6 +420,10 @@ def test_bf16_logits_ruin_the_gradient():
         (lambda c: {"target_hidden": c.target_hidden.index_fill(0, torch.tensor(9), torch.inf)}, "target_hidden in rows"),
         (lambda c: {"draft_hidden": torch.full_like(c.draft_hidden, -torch.inf)}, "draft_hidden of valid pairs holds"),
         (lambda c: {"objective": lambda stats: stats.alpha.sum()}, "the objective returned shape"),
+        (
+            lambda c: {"objective": lambda stats: stats.log_q, "draft_hidden": c.draft_hidden.clone().requires_grad_()},
+            "must name in `statistics` what it differentiates; it|the objective has no gradient",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

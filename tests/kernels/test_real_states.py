@@ -1,7 +1,5 @@
 """What bf16 logits do to the TV gradient on the states of a real language model, so that nobody brings them back."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,6 +10,10 @@ from tests.chains import Chains, oracle_gradient
 from tests.demo import demo_backbone
 
 STEPS = 3
+WORDS = """The lighthouse keeper counted ships every evening and wrote the number in a book. In winter there were few, and
+he had time to read; in summer the book filled up, with fishing boats at dawn and ferries at noon. One night the lamp went
+out. He climbed the stairs in the dark, found the spare wick by touch, and had the light burning again before the ten
+o'clock boat from the islands came around the point. Nobody on board noticed, and in the book he wrote only the number."""
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +21,7 @@ def text() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids [T] of some English, the demo backbone's states [T, d] at its lm_head, and the lm_head in bf16."""
     path = demo_backbone()
     backbone = Backbone.load(str(path), torch.float32)
-    words = (Path(__file__).parents[2] / "docs" / "theory.md").read_text()[:1200]
-    tokens = torch.tensor([load_tokenizer(path).encode(words)[:128]])
+    tokens = torch.tensor([load_tokenizer(path).encode(WORDS)])
     everything = torch.zeros_like(tokens)
     with torch.no_grad():
         tapped = backbone.hidden_states(tokens, everything, torch.arange(tokens.shape[1]).unsqueeze(0))

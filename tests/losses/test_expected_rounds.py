@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from bebop.kernels import ChainStats
+from bebop.losses import RealisedE2ETVLoss
 from bebop.losses.expected_rounds import ExpectedRoundsLoss, accepted_counts, rounds
 from tests.chains import make_chains
 
@@ -38,7 +40,7 @@ def simulate(accepts: torch.Tensor, valid: torch.Tensor, trials: int) -> tuple[t
 
 def test_rounds_are_those_of_playing_the_game():
     accepts, valid, documents = make_texts([12])
-    starts, remaining = rounds(accepted_counts(accepts, valid), valid, documents)
+    starts, remaining, _ = rounds(accepted_counts(accepts, valid), valid, documents)
     count, started = simulate(accepts, valid, 200_000)
     assert abs(count.mean() - remaining[0]) < 4 * count.std() / len(count) ** 0.5
     torch.testing.assert_close(started.double(), starts, atol=5e-3, rtol=0)
@@ -53,7 +55,7 @@ def test_texts_do_not_mix():
         here = documents == number
         alone = rounds(accepted_counts(accepts[:, here], valid[:, here]), valid[:, here], documents[here])
         for mine, other in zip(alone, together, strict=True):
-            torch.testing.assert_close(mine, other[here])
+            torch.testing.assert_close(mine, other[..., here])
 
 
 def test_a_gap_ends_a_response():
@@ -62,10 +64,32 @@ def test_a_gap_ends_a_response():
     between = torch.zeros(K, 3, dtype=torch.bool)
     valid = torch.cat([valid[:, :4], between, valid[:, 4:]], 1)
     accepts = torch.cat([accepts[:, :4], between.double(), accepts[:, 4:]], 1)
-    starts, remaining = rounds(accepted_counts(accepts, valid), valid, torch.zeros(11, dtype=torch.int64))
+    starts, remaining, _ = rounds(accepted_counts(accepts, valid), valid, torch.zeros(11, dtype=torch.int64))
     assert starts[0] == starts[7] == 1
     assert not starts[4:7].any()
     assert not remaining[4:7].any()
+
+
+def test_adjoining_texts_have_their_own_gradients():
+    """With nothing between them: what is left of one text does not look into the next."""
+    accepts, valid, documents = make_texts([5, 9])
+
+    def loss(log_q):
+        stats = ChainStats(valid, documents, log_q=log_q, log_p=torch.zeros_like(log_q))
+        return torch.where(valid, ExpectedRoundsLoss().pair_loss(stats), 0.0).sum()
+
+    torch.autograd.gradcheck(loss, accepts.clamp(0.05, 0.95).log().requires_grad_())
+
+
+def test_far_from_the_text_the_gradient_is_finite():
+    """exp(log q - log p) overflows where the text is off the target's distribution; nothing may come of it."""
+    log_q = torch.full((K, 4), -0.1).requires_grad_()
+    valid, documents = torch.ones(K, 4, dtype=torch.bool), torch.zeros(4, dtype=torch.int64)
+    for objective in (ExpectedRoundsLoss(), RealisedE2ETVLoss()):
+        alpha = torch.full((K, 4), 0.5)
+        stats = ChainStats(valid, documents, log_q=log_q, log_p=torch.full((K, 4), -100.0), alpha=alpha)
+        (gradient,) = torch.autograd.grad(objective.pair_loss(stats).sum(), log_q)
+        assert not gradient.any()
 
 
 def test_gradient_is_that_of_the_linear_system():
@@ -74,11 +98,7 @@ def test_gradient_is_that_of_the_linear_system():
     log_p = torch.zeros(K, 14, dtype=torch.float64)
     log_q = accepts.log().requires_grad_()
 
-    class Stats:
-        pass
-
-    stats = Stats()
-    stats.valid, stats.documents, stats.log_q, stats.log_p = valid, documents, log_q, log_p
+    stats = ChainStats(valid, documents, log_q=log_q, log_p=log_p)
     loss = torch.where(valid, ExpectedRoundsLoss().pair_loss(stats), 0.0).sum()
     counts = accepted_counts(torch.where(log_q < log_p, (log_q - log_p).exp(), 1.0), valid)
     matrix = sum(torch.diag_embed(counts[j, : 14 - j - 1], offset=j + 1) for j in range(K + 1))

@@ -191,5 +191,7 @@ def test_sums_by_name(logits, tokens):
 
 
 def test_expected_rounds_wants_documents(logits, tokens):
-    with pytest.raises(ValueError, match="documents"):
+    with pytest.raises(ValueError, match=r"pass documents=\[N\]"):
         ExpectedRoundsLoss.from_logits(*logits, tokens=tokens)
+    with pytest.raises(ValueError, match=r"documents is \(3,\)"):
+        ExpectedRoundsLoss.from_logits(*logits, tokens=tokens, documents=DOCUMENTS[:3])

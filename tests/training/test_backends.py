@@ -10,6 +10,13 @@ import yaml
 
 from tests.training.test_trainer import make_config, records
 
+CHILD = """
+import runpy, sys, torch
+from bebop.kernels.rows import row_passes
+assert row_passes(torch.device("cpu"), torch.float32).__name__.endswith(sys.argv.pop(1))
+runpy.run_path("recipes/train_mtp.py", run_name="__main__")
+"""
+
 
 def test_the_curve_is_the_same_with_triton(tmp_path):
     curves = {}
@@ -19,7 +26,7 @@ def test_the_curve_is_the_same_with_triton(tmp_path):
         path = tmp_path / f"{interpret}.yaml"
         path.write_text(yaml.safe_dump(vars(mine)))
         subprocess.run(
-            [sys.executable, "recipes/train_mtp.py", "--config", path],
+            [sys.executable, "-c", CHILD, "rows_triton" if interpret == "1" else "rows_torch", "--config", path],
             env=os.environ | {"TRITON_INTERPRET": interpret, "TRITON_DEFAULT_FP_FUSION": "1"},
             check=True,
             capture_output=True,

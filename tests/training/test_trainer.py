@@ -48,7 +48,7 @@ def trained(config: TrainConfig) -> dict[str, torch.Tensor]:
     return read_head(Path(config.output) / "head")[0]
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_5_text", "qwen3_next"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"])
 def test_a_run_moves_every_head_parameter_and_nothing_else(kind, tmp_path):
     config = make_config(tmp_path, kind, max_steps=40, cold_start_loss="lk_hybrid", cold_start_steps=30)
     weights = Path(config.backbone) / "model.safetensors"

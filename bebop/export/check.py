@@ -1,0 +1,163 @@
+"""What an engine would do with an exported directory: python -m bebop.export.check DIRECTORY.
+
+Engines are no check themselves: vLLM says nothing of a missing Linear weight, SGLang only warns, transformers ignores
+and drops the head. So names, shapes and dtypes are compared with the family's table, and config.json with what engines read.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bebop.backbone import INDEX_FILE, read_config
+from bebop.errors import InputError
+from bebop.export.engine_config import completed_config
+from bebop.export.serving import serve_commands
+from bebop.families import Family, family_of
+from bebop.heads.head import MTPHead
+from bebop.heads.loading import native_state_dict
+
+
+@dataclass
+class Stored:
+    """A tensor in a shard."""
+
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass
+class Report:
+    """problems: one line each, naming the tensor or key; empty if engines load the directory as it is meant."""
+
+    directory: Path
+    family: Family | None = None
+    head_tensors: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def head_table(text_config: Any, family: Family) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a head in this family's layout."""
+    with torch.device("meta"):
+        head = MTPHead(text_config, family)
+    return {name: tuple(tensor.shape) for name, tensor in native_state_dict(head).items()}
+
+
+def check_export(directory: Path) -> Report:
+    """Compare a directory with what engines expect of its family.
+
+    Raises:
+        InputError: there is no readable config.json to compare with.
+    """
+    report = Report(directory)
+    text_config = read_config(directory).get_text_config()
+    config = json.loads((directory / "config.json").read_text())
+    try:
+        report.family = family_of(text_config)
+        wanted = completed_config(config, text_config, report.family)
+    except InputError as error:
+        report.problems.append(str(error))
+        return report
+    _check_config(config, wanted, report)
+    stored = _read_shards(directory, report)
+    _check_head(stored, head_table(text_config, report.family), report)
+    _check_target(stored, text_config, report)
+    return report
+
+
+def _check_config(config: dict[str, Any], wanted: dict[str, Any], report: Report) -> None:
+    for part, found, expected in (
+        ("config.json", config, wanted),
+        ("text_config of config.json", config.get("text_config", {}), wanted.get("text_config", {})),
+    ):
+        for key, value in expected.items():
+            if key != "text_config" and found.get(key) != value:
+                report.problems.append(f"{part} has {key} = {found.get(key)!r}, engines need {value!r}")
+
+
+def _read_shards(directory: Path, report: Report) -> dict[str, Stored]:
+    """Every tensor of the checkpoint; what index and shards say differently goes into the report."""
+    index = directory / INDEX_FILE
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    except (json.JSONDecodeError, KeyError):
+        report.problems.append(f"{INDEX_FILE} is damaged")
+        weight_map = {}
+    shards = sorted(set(weight_map.values()) | {p.name for p in directory.glob("*.safetensors")})
+    stored: dict[str, Stored] = {}
+    for shard in shards:
+        meant = [name for name, at in weight_map.items() if at == shard]
+        example = f" ({meant[0]} and {len(meant) - 1} more should be in it)" if meant else ""
+        if not (directory / shard).is_file():
+            report.problems.append(f"{shard} is missing{example}")
+            continue
+        try:
+            with safe_open(directory / shard, framework="pt") as file:
+                for name in file.keys():
+                    part = file.get_slice(name)
+                    if name in stored:
+                        report.problems.append(
+                            f"{name} is in {stored[name].shard} and again in {shard}; engines take either"
+                        )
+                    if weight_map and weight_map.get(name) != shard:
+                        report.problems.append(f"{name} is in {shard}, the index says {weight_map.get(name)}")
+                    stored[name] = Stored(shard, tuple(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            report.problems.append(f"{shard} is damaged or truncated{example}: {error}")
+            continue
+        report.problems += [f"{name} is not in {shard}, where the index has it" for name in meant if name not in stored]
+    return stored
+
+
+def _check_head(stored: dict[str, Stored], table: dict[str, tuple[int, ...]], report: Report) -> None:
+    assert report.family is not None
+    prefix = report.family.prefix
+    head = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
+    report.head_tensors = len(head)
+    dtypes = [t.dtype for name, t in stored.items() if name.endswith("embed_tokens.weight")]
+    for name in sorted(table.keys() - head.keys()):
+        report.problems.append(f"{name} is missing; vLLM leaves a missing Linear weight at its random start, without a word")
+    for name in sorted(head.keys() - table.keys()):
+        report.problems.append(f"{name} does not belong to a {report.family.name} head; vLLM refuses unknown tensors")
+    for name, shape in table.items():
+        if name in head and head[name].shape != shape:
+            report.problems.append(f"{name} is {head[name].shape}, config.json makes it {shape}")
+        if name in head and dtypes and head[name].dtype != dtypes[0]:
+            report.problems.append(f"{name} is {head[name].dtype}, the target's embedding is {dtypes[0]}")
+
+
+def _check_target(stored: dict[str, Stored], text_config: Any, report: Report) -> None:
+    assert report.family is not None
+    has_lm_head = any(name.endswith("lm_head.weight") for name in stored)
+    if not has_lm_head and (report.family.stores_lm_head or not text_config.tie_word_embeddings):
+        tied = "is tied, but this family's engines need it stored" if text_config.tie_word_embeddings else "is untied"
+        report.problems.append(f"lm_head.weight is missing; config.json says it {tied}")
+    if not any(name.endswith("embed_tokens.weight") for name in stored):
+        report.problems.append("embed_tokens.weight is missing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    directory = parser.parse_args().directory
+    try:
+        report = check_export(directory)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    if report.problems or report.family is None:
+        sys.exit(f"{directory}: {len(report.problems)} problems; engines would not draft with this head as it was trained")
+    print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as its engines expect it\n")
+    for engine, command in serve_commands(report.family, str(directory), draft_steps=3).items():
+        print(f"{engine}:\n    {command}\n")
+
+
+if __name__ == "__main__":
+    main()
