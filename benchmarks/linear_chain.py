@@ -13,8 +13,10 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 from bebop import CrossEntropyLoss, E2ETVLoss, ForwardKLLoss
 from bebop.kernels.lm_head import LmHead
+from bebop.kernels.rows import row_passes
 from benchmarks.memory import peak_extra_bytes
 
 
@@ -276,6 +279,33 @@ def scaling(settings: dict, device: str, chunk_bytes: int, rounds: int) -> list[
     ]
 
 
+def where_time_goes(step: Step, device: str) -> dict[str, float]:
+    """Share of a step of our op spent in products with the lm_head, in row passes, and elsewhere."""
+    spent = {"products": 0.0, "row passes": 0.0}
+
+    def clocked(function, part: str):
+        def call(*arguments):
+            synchronise(device)
+            started = time.perf_counter()
+            result = function(*arguments)
+            synchronise(device)
+            spent[part] += time.perf_counter() - started
+            return result
+
+        return call
+
+    passes = row_passes(torch.device(device), torch.float32)
+    with ExitStack() as stack:
+        for owner, names, part in (
+            (LmHead, ("logits", "back"), "products"),
+            (passes, ("log_sum_exp", "statistics", "gradient"), "row passes"),
+        ):
+            for name in names:
+                stack.enter_context(mock.patch.object(owner, name, clocked(getattr(owner, name), part)))
+        total = timed(step, device)
+    return {part: seconds / total for part, seconds in spent.items()} | {"rest": 1 - sum(spent.values()) / total}
+
+
 def device_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
@@ -300,6 +330,7 @@ def draw(result: dict[str, dict], title: str, path: Path) -> None:
         axis.set_xlabel(label or "gradient error against float64, relative")
         axis.margins(x=0.3)
     axes[2].set_xscale("log")
+    axes[2].set_xlim(1e-4, 10)
     axes[0].invert_yaxis()
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
@@ -326,6 +357,7 @@ def main() -> None:
         stats = E2ETVLoss()(problem.draft, problem.target, problem.weight, **problem.arguments).stats
     alpha = stats.alpha.mean().item()
     result = compare(problem, arguments.device, chunk_bytes, arguments.rounds)
+    parts = where_time_goes(ours(problem, E2ETVLoss(chunk_bytes=chunk_bytes)), arguments.device)
     sizes = scaling(settings, arguments.device, chunk_bytes, arguments.rounds)
 
     name = device_name(arguments.device)
@@ -347,12 +379,13 @@ def main() -> None:
         lines.add_row(str(s["chains"]), str(s["vocabulary"]), f"{s['seconds']:.2f}", f"{rate:.1f}", peak)
     console = Console(width=120)
     console.print(table, lines)
+    console.print("bebop e2e TV: " + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()))
     console.print(f"mean alpha {alpha:.4f}, chunk budget {arguments.chunk_mib} MiB")
 
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "device": name, "versions": versions, **settings, "chunk_mib": arguments.chunk_mib, "rounds": arguments.rounds,
-        "alpha": alpha, "variants": result, "sizes": sizes,
+        "alpha": alpha, "variants": result, "parts": parts, "sizes": sizes,
     }  # fmt: skip
     arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
     draw(result, title, arguments.output.with_suffix(".png"))

@@ -53,7 +53,7 @@ def config(change):
 
 DAMAGE = [
     (tensors(lambda t: t.pop(Q_PROJ)), f"{Q_PROJ} is missing"),
-    (tensors(lambda t: t.update({"mtp.stray.weight": t["mtp.norm.weight"]})), "mtp.stray.weight does not belong"),
+    (tensors(lambda t: t.update({"mtp.stray.weight": t["mtp.norm.weight"].clone()})), "mtp.stray.weight does not belong"),
     (tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ].half()})), f"{Q_PROJ} is F16, the target's embedding is F32"),
     (tensors(lambda t: t.update({Q_PROJ: t[Q_PROJ][1:]})), f"{Q_PROJ} is (127, 32), config.json makes it (128, 32)"),
     (index(lambda m: m.pop("mtp.fc.weight")), f"mtp.fc.weight is in {LAST}, the index says None"),

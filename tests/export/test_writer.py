@@ -202,7 +202,9 @@ def test_transformers_reads_the_exported_head(kind, tmp_path):
     save_head(head, tmp_path / "head", {})
     export_head(tmp_path / "head", str(target), tmp_path / "export")
     theirs = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
-    assert torch.equal(theirs.layers[0].input_layernorm.weight, head.part(head.family.layer).input_layernorm.weight)
+    read = list(theirs.state_dict().values())
+    for name, tensor in head.state_dict().items():
+        assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in read), name
 
 
 def test_a_multimodal_wrapper_keeps_its_shape(tmp_path):
