@@ -372,7 +372,7 @@ def main() -> None:
         error = "" if r["gradient_error"] is None else f"{r['gradient_error']:.1e}"
         spread = f"{r['fastest']:.2f} .. {r['slowest']:.2f}"
         table.add_row(variant, f"{r['seconds']:.2f}", f"{r['x_floor']:.2f}", spread, f"{r['peak_bytes'] / 2**20:.0f}", error)
-    lines = Table("N", "V", "s", "us per row of V = 1000", "peak MiB", title="bebop e2e TV at other sizes")
+    lines = Table("N", "V", "s", "us per chain and V = 1000", "peak MiB", title="bebop e2e TV at other sizes")
     for s in sizes:
         rate = 1e9 * s["seconds"] / s["chains"] / s["vocabulary"]
         peak = f"{s['peak_bytes'] / 2**20:.0f}"

@@ -25,10 +25,11 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}, a {facts['family']} head beside its target; serve it with\n")
     for engine, command in serve_commands(
-        family_by_name(facts["family"]), str(arguments.output), facts["draft_steps"]
+        family_by_name(facts["family"]), str(arguments.output), facts.get("draft_steps", 3)
     ).items():
         print(f"{engine}:\n    {command}\n")
-    print(f"and sample at temperature {facts['temperature']}, which the head was trained for")
+    if "temperature" in facts:
+        print(f"and sample at temperature {facts['temperature']}, which the head was trained for")
     if (arguments.output / "tokenizer.json").is_file() and splits_text_differently(arguments.output):
         print(
             "note: transformers reads this tokenizer with Qwen2's rules and splits some text otherwise than the model was "

@@ -56,6 +56,8 @@ def check_export(directory: Path) -> Report:
         InputError: there is no readable config.json to compare with.
     """
     report = Report(directory)
+    if not (directory / "config.json").is_file():
+        raise InputError(f"{directory} has no config.json; expected a directory that recipes/export_mtp.py wrote")
     text_config = read_config(directory).get_text_config()
     config = json.loads((directory / "config.json").read_text())
     try:
@@ -121,6 +123,9 @@ def _check_head(stored: dict[str, Stored], table: dict[str, tuple[int, ...]], re
     head = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     report.head_tensors = len(head)
     dtypes = [t.dtype for name, t in stored.items() if name.endswith("embed_tokens.weight")]
+    if not head:
+        report.problems.append(f"no tensor is named {prefix}*: there is no MTP head in this directory")
+        return
     for name in sorted(table.keys() - head.keys()):
         report.problems.append(f"{name} is missing; vLLM leaves a missing Linear weight at its random start, without a word")
     for name in sorted(head.keys() - table.keys()):
@@ -153,7 +158,9 @@ def main() -> None:
     for problem in report.problems:
         print(f"problem: {problem}")
     if report.problems or report.family is None:
-        sys.exit(f"{directory}: {len(report.problems)} problems; engines would not draft with this head as it was trained")
+        sys.exit(
+            f"{directory}: problems found ({len(report.problems)}); engines would not draft with this head as it was trained"
+        )
     print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as its engines expect it\n")
     for engine, command in serve_commands(report.family, str(directory), draft_steps=3).items():
         print(f"{engine}:\n    {command}\n")

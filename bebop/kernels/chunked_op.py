@@ -53,6 +53,8 @@ class ChunkedOp:
         group: dist.ProcessGroup | None,
         kept: tuple[str, ...] = (),
     ):
+        if isinstance(statistics, str):
+            raise ValueError(f"statistics is the string {statistics!r}, expected a tuple of names, as ({statistics!r},)")
         if unknown := set(statistics) - set(STATISTICS):
             raise ValueError(f"unknown statistics {sorted(unknown)}; known are {', '.join(STATISTICS)}")
         if top_k is not None and (top_k < 1 or "log_q" in statistics or group is not None):
@@ -61,6 +63,7 @@ class ChunkedOp:
             )
         self.inputs = inputs
         self.names = tuple(name for name in STATISTICS if name in statistics or name in ("alpha", "log_q", "log_p"))
+        self.statistics_named = statistics
         self.differentiable = tuple(name for name in DIFFERENTIABLE if name in statistics)
         self.wants_gradient = torch.is_grad_enabled() and inputs.draft.requires_grad
         self.kept = kept if self.wants_gradient else ()
@@ -123,11 +126,18 @@ class ChunkedOp:
         z = empty(most_pairs, self.vocabulary.size, dtype=self.lm_head.accumulate)
         t = empty(most_targets, self.vocabulary.size, dtype=self.lm_head.accumulate)
         spare = empty(most_pairs, self.vocabulary.size, dtype=self.lm_head.gradient_dtype) if self.has_spare else None
+        is_finite = torch.ones((), dtype=torch.bool, device=z.device)
         for chunk in self.plan:
             # Autocast would turn the fp32 products into bf16 ones and with them the logits, which ruins the TV gradient.
             with torch.autocast(z.device.type, enabled=False):
                 rows = self._rows(chunk.to(z.device), z, t, spare)
+            is_finite &= rows.lse_z.isfinite().all() & rows.lse_t.isfinite().all()
             yield rows
+        if not bool(is_finite):  # looked at once, at the end, so that the device need not be waited for
+            raise ValueError(
+                f"logits are not finite although hidden states and weight are: they overflow {self.lm_head.accumulate} or, "
+                f"cast to the weight's dtype, {self.inputs.weight.dtype}"
+            )
 
     def _rows(self, chunk: Chunk, z: Tensor, t: Tensor, spare: Tensor | None) -> _Rows:
         inputs, passes, vocabulary = self.inputs, self.passes, self.vocabulary
@@ -183,7 +193,8 @@ class ChunkedOp:
         """The chunk's loss, and its derivative with respect to each statistic [K, R] that the objective uses."""
         leaves = [name for name in self.differentiable if self.wants_gradient]
         with torch.enable_grad():
-            pair_loss = objective(ChainStats(valid, **{k: v.requires_grad_(k in leaves) for k, v in local.items()}))
+            given = ChainStats(valid, **{k: v.requires_grad_(k in leaves) for k, v in local.items()})
+            pair_loss = objective(given.named(self.statistics_named))
             if pair_loss.shape != valid.shape:
                 raise ValueError(
                     f"the objective returned shape {tuple(pair_loss.shape)}, expected {tuple(valid.shape)} (K, R)"

@@ -39,9 +39,7 @@ class ChainInputs:
             raise ValueError("weight (the lm_head) requires grad, but the op has no gradient for it; call weight.detach()")
         if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"weight is {weight.dtype}; expected bf16, fp16, fp32 or fp64 (dequantise the lm_head first)")
-        chains = draft.shape[1]
-        if isinstance(self.temperature, Tensor) and self.temperature.shape not in ((), (chains,)):
-            raise ValueError(f"temperature is {tuple(self.temperature.shape)}, expected a number or [N] = ({chains},)")
+        check_temperature(self.temperature, draft.shape[1], self.valid.any(0))
 
     def check_values(self, vocabulary: Vocabulary) -> tuple[Tensor, Tensor, Tensor]:
         """target_rows, tokens and valid on the host, after a look at what they hold and at what they point to."""
@@ -56,12 +54,6 @@ class ChainInputs:
                 raise ValueError(
                     f"{name} of valid pairs range from {found.min()} to {found.max()}, expected 0 to {bound - 1}"
                 )
-        if isinstance(self.temperature, Tensor):
-            used = self.temperature if self.temperature.ndim == 0 else self.temperature[self.valid.any(0)]
-        else:
-            used = torch.tensor(self.temperature)
-        if not bool(((used > 0) & used.isfinite()).all()):
-            raise ValueError(f"temperature is {self.temperature}, expected above 0 (greedy serving has no TV loss)")
         names = ("draft_hidden of valid pairs", "target_hidden in rows of valid pairs", "weight")
         bad = torch.stack(
             [
@@ -74,6 +66,21 @@ class ChainInputs:
             if found:  # in any part of a split vocabulary, so that all processes stop
                 raise ValueError(f"{name} holds NaN or inf; expected finite numbers")
         return target_rows, tokens, valid
+
+
+def check_temperature(temperature: float | Tensor, chains: int, used: Tensor | None = None) -> None:
+    """Refuse what is not a number above 0, or [N] of them; `used` [N] says which of those count."""
+    values = temperature
+    if isinstance(values, Tensor):
+        if values.shape not in ((), (chains,)):
+            raise ValueError(f"temperature is {tuple(values.shape)}, expected a number or [N] = ({chains},)")
+        values = values[used] if used is not None and values.ndim else values
+    elif isinstance(values, int | float):
+        values = torch.tensor(float(values))
+    else:
+        raise ValueError(f"temperature is {temperature!r}, expected a number or a tensor [N]")
+    if not bool(((values > 0) & values.isfinite()).all()):
+        raise ValueError(f"temperature is {temperature}, expected above 0 (greedy serving has no TV loss)")
 
 
 def _finite_rows(x: Tensor) -> Tensor:

@@ -76,6 +76,10 @@ def linear_chain_loss(
     op = ChunkedOp(inputs, statistics, chunk_bytes, top_k, vocabulary_group)
     if normaliser is None:
         normaliser = valid.sum().clamp(min=1)
+    elif isinstance(normaliser, Tensor) and normaliser.numel() != 1:
+        raise ValueError(f"normaliser is a tensor {tuple(normaliser.shape)}, expected one number above 0")
+    elif not isinstance(normaliser, Tensor) and not normaliser > 0:
+        raise ValueError(f"normaliser is {normaliser}, expected a number above 0")
     loss, *values = _ChainLoss.apply(draft_hidden, op, objective, normaliser)
     return loss, ChainStats(valid, **dict(zip(op.names, values, strict=True)))
 

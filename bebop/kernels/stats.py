@@ -45,10 +45,15 @@ class ChainStats:
 
     def __getattr__(self, name: str) -> Tensor:
         if name in STATISTICS and name not in self.values:
-            raise AttributeError(f"statistic {name!r} was not computed; name it in the objective's `statistics`")
+            raise AttributeError(f"statistic {name!r} was not asked for; name it in the objective's `statistics`")
         if name not in STATISTICS:
             raise AttributeError(f"ChainStats has no {name!r}; the statistics are {', '.join(STATISTICS)}")
         return self.values[name]
+
+    def named(self, statistics: tuple[str, ...]) -> "ChainStats":
+        """Without what can carry gradient but is not named, so that no objective trains on a part of its gradient."""
+        values = {k: v for k, v in self.values.items() if k in statistics or k not in DIFFERENTIABLE}
+        return ChainStats(self.valid, self.documents, **values)
 
     def detach(self) -> "ChainStats":
         """The same numbers without their graph, for logging."""

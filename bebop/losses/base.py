@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bebop.kernels.inputs import check_temperature
 from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_loss, linear_chain_statistics
 from bebop.kernels.reference import chain_statistics
 from bebop.kernels.stats import ChainStats
@@ -31,8 +32,7 @@ class ChainLoss(nn.Module):
         vocabulary_group: the processes over which the lm_head is split by rows, if it is; see there.
 
     Attributes:
-        statistics: names of the statistics that `pair_loss` reads; alpha, log_q and log_p are always there, but carry
-            gradient only where they are named.
+        statistics: names of the statistics that `pair_loss` reads; log_p is always there.
         couples_chains: whether `pair_loss` of a chain depends on other chains. It is then called once with all N chains,
             and the op keeps K N d numbers for each of alpha, kl, reverse_kl and log_q in `statistics`.
     """
@@ -81,7 +81,8 @@ class ChainLoss(nn.Module):
             target_rows: [K, N] int64, the row of `target_hidden` that predicts the same token as step k of chain n.
             tokens: [K, N] int64, that token in the text.
             valid: [K, N] bool, which pairs count; valid steps of a chain are a prefix.
-            documents: [N] int64, the document of each chain; only objectives that couple chains need it.
+            documents: [N] int64, the document of each chain; only objectives that couple chains need it. Chains of a
+                document then stand in the order of their anchors, next to each other.
             normaliser: divides the sum over valid pairs; their number if None. With gradient accumulation or data
                 parallelism pass the number of valid pairs of the whole optimiser step.
             temperature: in place of the constructor's; [N] for one per chain.
@@ -90,6 +91,8 @@ class ChainLoss(nn.Module):
             ValueError: arguments that do not fit, see `bebop.kernels.linear_chain_loss`.
         """
         self._check_documents(documents, valid)
+        if any(p.requires_grad for p in self.parameters()):
+            raise ValueError(f"{type(self).__name__} has parameters that require grad; an objective gets none for them")
         options = {
             "target_rows": target_rows,
             "tokens": tokens,
@@ -138,13 +141,21 @@ class ChainLoss(nn.Module):
                 f"draft_logits {tuple(draft_logits.shape)} and target_logits {tuple(target_logits.shape)} do not fit; "
                 "expected [K, N, V] both (for target logits [M, V] pass target_logits[target_rows])"
             )
+        for name, x, dtype in (("tokens", tokens, torch.int64), ("valid", valid, torch.bool)):
+            if x is not None and (x.shape != draft_logits.shape[:2] or x.dtype != dtype):
+                found = f"{x.dtype} {tuple(x.shape)}"
+                raise ValueError(f"{name} is {found}, expected {dtype} {tuple(draft_logits.shape[:2])} ([K, N])")
         if valid is not None and bool((valid[1:] & ~valid[:-1]).any()):
             raise ValueError(
                 "valid has a chain whose valid steps are not a prefix; a chain may be cut short, not interrupted"
             )
-        for name, x in (("tokens", tokens), ("valid", valid)):
-            if x is not None and x.shape != draft_logits.shape[:2]:
-                raise ValueError(f"{name} is {tuple(x.shape)}, expected {tuple(draft_logits.shape[:2])} ([K, N])")
+        counted = torch.ones_like(draft_logits[..., 0], dtype=torch.bool) if valid is None else valid
+        for name, x in (("draft_logits", draft_logits), ("target_logits", target_logits)):
+            if not bool(x.detach().amax(-1)[counted].isfinite().all()):
+                raise ValueError(f"{name} of valid pairs hold NaN or inf")
+        if tokens is not None and bool((counted & ((tokens < 0) | (tokens >= draft_logits.shape[-1]))).any()):
+            raise ValueError(f"tokens of valid pairs are out of range, expected 0 to {draft_logits.shape[-1] - 1}")
+        check_temperature(temperature, draft_logits.shape[1])
         objective = cls(**options)
         if tokens is None and "log_q" in objective.statistics:
             raise ValueError(f"{cls.__name__} reads the text's tokens; pass tokens=[K, N]")
@@ -155,7 +166,7 @@ class ChainLoss(nn.Module):
     def _mean(self, stats: ChainStats, normaliser: Tensor | float | None) -> Tensor:
         if normaliser is None:
             normaliser = stats.valid.sum().clamp(min=1)
-        pair_loss = self.pair_loss(stats)
+        pair_loss = self.pair_loss(stats.named(self.statistics))
         if pair_loss.shape != stats.valid.shape:
             raise ValueError(
                 f"pair_loss returned shape {tuple(pair_loss.shape)}, expected {tuple(stats.valid.shape)} (K, N)"
@@ -165,5 +176,6 @@ class ChainLoss(nn.Module):
     def _check_documents(self, documents: Tensor | None, chains: Tensor) -> None:
         if documents is None and self.couples_chains:
             raise ValueError(f"{type(self).__name__} follows the chains of a document; pass documents=[N]")
-        if documents is not None and documents.shape != chains.shape[1:]:
-            raise ValueError(f"documents is {tuple(documents.shape)}, expected [N] = {tuple(chains.shape[1:])}")
+        if documents is not None and (documents.shape != chains.shape[1:] or documents.dtype != torch.int64):
+            found = f"{documents.dtype} {tuple(documents.shape)}"
+            raise ValueError(f"documents is {found}, expected int64 [N] = {tuple(chains.shape[1:])}")

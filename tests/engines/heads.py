@@ -21,8 +21,12 @@ SERVABLE = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "head_dim": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 2,
 }
 
 
@@ -31,7 +35,7 @@ def bytes_of_docs() -> torch.Tensor:
     return torch.tensor(list(text))
 
 
-def train_tiny_backbone(directory: Path, kind: str, steps: int = 200) -> Path:
+def train_tiny_backbone(directory: Path, kind: str, steps: int = 150) -> Path:
     """A tiny model that has read some English bytes."""
     from transformers import AutoModelForCausalLM
 
@@ -41,7 +45,7 @@ def train_tiny_backbone(directory: Path, kind: str, steps: int = 200) -> Path:
     text = bytes_of_docs()
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
-        starts = torch.randint(0, len(text) - 65, (16,), generator=generator)
+        starts = torch.randint(0, len(text) - 65, (8,), generator=generator)
         ids = torch.stack([text[s : s + 64] for s in starts])
         loss = model(ids, labels=ids).loss
         loss.backward()

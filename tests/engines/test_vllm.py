@@ -72,7 +72,7 @@ def qwen3_5(tmp_path_factory) -> Case:
     target = train_tiny_backbone(folder / "target", "qwen3_5_text")
     text = bytes_of_docs().tolist()
     texts = [Rollout(text[i : i + 8], text[i + 8 : i + 96]) for i in range(0, len(text) - 96, 48)]
-    train_and_export(target, texts, folder, temperature=1.0, steps=150, learning_rate=2e-3)
+    train_and_export(target, texts, folder, temperature=1.0, steps=80, learning_rate=2e-3)
     prompts = [text[i : i + 12] for i in range(0, 64 * 40, 40)]
     return Case(folder, folder / "export", prompts, temperature=1.0, repeats=1)
 

@@ -78,6 +78,14 @@ def test_what_engines_would_not_say_is_found(exported, damage, message, capsys, 
     assert message in capsys.readouterr().out
 
 
+def test_what_is_no_export_is_said_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["check", "runs/nothing"])
+    with pytest.raises(SystemExit, match=r"has no config\.json"):
+        main()
+    make_checkpoint(tmp_path, "qwen3_5_text")
+    assert any("there is no MTP head" in problem for problem in check_export(tmp_path).problems)
+
+
 def test_a_good_directory_is_explained(exported, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["check", str(exported)])
     main()

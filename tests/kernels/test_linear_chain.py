@@ -351,6 +351,19 @@ def test_a_coupled_objective_inside_a_compiled_step():
         torch.testing.assert_close(compiled(make_chains(anchors=anchors)), step(make_chains(anchors=anchors)))
 
 
+def test_what_an_objective_does_not_name_it_cannot_read():
+    """It would train on a part of its gradient."""
+    chains = make_chains()
+    draft = chains.draft_hidden.clone().requires_grad_()
+    arguments = (draft, chains.target_hidden, chains.weight)
+    with pytest.raises(AttributeError, match="'log_q' was not asked for"):
+        linear_chain_loss(*arguments, **chains.indices, objective=lambda stats: 1 - stats.alpha - stats.log_q)
+    loss_fn = E2ETVLoss()
+    loss_fn.weight = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="parameters that require grad"):
+        loss_fn(*arguments, **chains.arguments)
+
+
 def test_behind_a_checkpointed_head():
     """Gradient checkpointing runs the head twice and must not disturb the op, whose backward may come much later."""
     chains = make_chains(size=16)
@@ -421,9 +434,17 @@ def test_bf16_logits_ruin_the_gradient():
         (lambda c: {"draft_hidden": torch.full_like(c.draft_hidden, -torch.inf)}, "draft_hidden of valid pairs holds"),
         (lambda c: {"objective": lambda stats: stats.alpha.sum()}, "the objective returned shape"),
         (
-            lambda c: {"objective": lambda stats: stats.log_q, "draft_hidden": c.draft_hidden.clone().requires_grad_()},
-            "must name in `statistics` what it differentiates; it|the objective has no gradient",
+            lambda c: {
+                "objective": lambda stats: stats.alpha.detach(),
+                "draft_hidden": c.draft_hidden.clone().requires_grad_(),
+            },
+            "the objective has no gradient",
         ),
+        (lambda c: {"statistics": "alpha"}, "statistics is the string 'alpha'"),
+        (lambda c: {"normaliser": 0.0}, "normaliser is 0.0"),
+        (lambda c: {"normaliser": torch.ones(3)}, r"normaliser is a tensor \(3,\)"),
+        (lambda c: {"temperature": [1.0]}, r"temperature is \[1.0\]"),
+        (lambda c: {"weight": c.weight.half(), "draft_hidden": c.draft_hidden * 1e6}, "logits are not finite although"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

@@ -193,5 +193,20 @@ def test_sums_by_name(logits, tokens):
 def test_expected_rounds_wants_documents(logits, tokens):
     with pytest.raises(ValueError, match=r"pass documents=\[N\]"):
         ExpectedRoundsLoss.from_logits(*logits, tokens=tokens)
-    with pytest.raises(ValueError, match=r"documents is \(3,\)"):
+    with pytest.raises(ValueError, match=r"documents is torch.int64 \(3,\)"):
         ExpectedRoundsLoss.from_logits(*logits, tokens=tokens, documents=DOCUMENTS[:3])
+
+
+def test_from_logits_refuses_what_the_fused_call_refuses(logits, tokens):
+    draft, target = logits
+    for change, message in (
+        ({"temperature": 0.0}, "expected above 0"),
+        ({"temperature": torch.ones(K, N)}, "expected a number or"),
+        ({"tokens": tokens + V}, "out of range"),
+        ({"tokens": tokens.int()}, "expected torch.int64"),
+        ({"valid": torch.ones(K, N)}, "expected torch.bool"),
+        ({"draft_logits": draft * torch.nan}, "draft_logits of valid pairs hold NaN"),
+    ):
+        arguments = {"draft_logits": draft, "target_logits": target, "tokens": tokens} | change
+        with pytest.raises(ValueError, match=message):
+            CrossEntropyLoss.from_logits(**arguments)
