@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bebop.kernels import ChainStats
 from bebop.kernels.reference import chain_statistics
-from bebop.losses import ChainLoss, WeightedSumLoss
+from bebop.losses import ChainLoss, WeightedSumLoss, loss_by_name
 
 
 @dataclass
@@ -95,3 +95,16 @@ def oracle_gradient(
     )
     loss.backward()
     return loss.detach(), draft.grad
+
+
+def run(chains: Chains, name: str = "e2e_tv", temperature: float | torch.Tensor = 1.0, **options):
+    """Loss, gradient and statistics of the fused op."""
+    draft = chains.draft_hidden.detach().clone().requires_grad_()
+    loss_fn = loss_by_name(name, **options)
+    loss, stats = loss_fn(draft, chains.target_hidden, chains.weight, **chains.arguments, temperature=temperature)
+    loss.backward()
+    return loss.detach(), draft.grad, stats
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()

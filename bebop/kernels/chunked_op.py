@@ -78,7 +78,7 @@ class ChunkedOp:
         self.has_spare = self.wants_gradient and (dtype != logits_dtype or len(kept) > 1)
         spare = dtype.itemsize / logits_dtype.itemsize if self.has_spare else 0.0
         row_bytes = self.vocabulary.largest * logits_dtype.itemsize
-        self.plan = plan_chunks(*on_host, max_rows=chunk_bytes // row_bytes, spare=spare)
+        self.plan = plan_chunks(*on_host, max_rows=max(0, chunk_bytes - self.lm_head.buffer_bytes) // row_bytes, spare=spare)
 
     def loss(self, objective: Objective, normaliser: Tensor | float) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """The objective's sum over valid pairs / normaliser, the statistics [K, N], and the gradient [K, N, d] if wanted."""

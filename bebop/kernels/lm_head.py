@@ -24,6 +24,17 @@ class LmHead:
         # What `back` takes: on a CPU in slabs fp32, so the gradient may overwrite the logits.
         self.gradient_dtype = torch.float32 if self.in_slabs else weight.dtype
 
+    @property
+    def slab_rows(self) -> int:
+        """Rows of W that are upcast at a time."""
+        size, width = self.weight.shape
+        return min(size, max(256, _SLAB_BYTES // (width * self.accumulate.itemsize)))
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What a product takes besides operands and result."""
+        return self.slab_rows * self.weight.shape[1] * self.accumulate.itemsize if self.in_slabs else 0
+
     def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """hidden [R, d] -> logits [R, V] in out."""
         hidden = hidden.to(self.weight.dtype)
@@ -52,10 +63,9 @@ class LmHead:
 
     def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
         size, width = self.weight.shape
-        rows = max(256, _SLAB_BYTES // (width * self.accumulate.itemsize))
-        buffer = self.weight.new_empty(min(rows, size), width, dtype=self.accumulate)
-        for start in range(0, size, rows):
-            part = slice(start, min(start + rows, size))
+        buffer = self.weight.new_empty(self.slab_rows, width, dtype=self.accumulate)
+        for start in range(0, size, self.slab_rows):
+            part = slice(start, min(start + self.slab_rows, size))
             yield part, buffer[: part.stop - start].copy_(self.weight[part])
 
     @contextmanager

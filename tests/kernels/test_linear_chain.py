@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from bebop.kernels import STATISTICS, linear_chain_loss, linear_chain_statistics
+from bebop.kernels import STATISTICS, linear_chain_statistics
 from bebop.kernels.lm_head import LmHead
 from bebop.kernels.stats import DIFFERENTIABLE
 from bebop.losses import LOSSES, E2ETVLoss, loss_by_name
-from tests.chains import Chains, make_chains, oracle_gradient
+from tests.chains import make_chains, oracle_gradient, relative_error, run
 
 every_loss = pytest.mark.parametrize("name", [*LOSSES, "e2e_tv + 0.3 ce + 0.2 reverse_kl", "expected_rounds + 0.5 tv"])
 
@@ -16,19 +16,6 @@ every_loss = pytest.mark.parametrize("name", [*LOSSES, "e2e_tv + 0.3 ce + 0.2 re
 def fresh_compiler():
     """Each case compiles its own graphs: after a few, torch.compile would fall back to eager and hide the compiled pass."""
     torch.compiler.reset()
-
-
-def run(chains: Chains, name: str = "e2e_tv", temperature: float | torch.Tensor = 1.0, **options):
-    """Loss, gradient and statistics of the fused op."""
-    draft = chains.draft_hidden.detach().clone().requires_grad_()
-    loss_fn = loss_by_name(name, **options)
-    loss, stats = loss_fn(draft, chains.target_hidden, chains.weight, **chains.arguments, temperature=temperature)
-    loss.backward()
-    return loss.detach(), draft.grad, stats
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found.double() - expected).norm() / expected.norm()).item()
 
 
 @every_loss
@@ -274,111 +261,6 @@ def test_extreme_logits():
     assert torch.isfinite(draft_hidden.grad).all()
 
 
-def test_scalar_backward_scales_and_may_be_repeated():
-    chains = make_chains()
-    once = run(chains)[1]
-    draft = chains.draft_hidden.clone().requires_grad_()
-    loss, _ = E2ETVLoss()(draft, chains.target_hidden, chains.weight, **chains.indices)
-    (3 * loss).backward(retain_graph=True)
-    (2 * loss).backward()
-    torch.testing.assert_close(draft.grad, 5 * once)
-
-
-def test_autocast_does_not_reach_the_logits():
-    """bf16 logits would put the relative error of the gradient at 0.2 and more; see test_bf16_logits_ruin_the_gradient."""
-    chains = make_chains(vocabulary=4099)
-    plain = run(chains)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = run(chains)
-    assert torch.equal(plain[0], mixed[0])
-    assert torch.equal(plain[1], mixed[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("interface", ["old", "new"])
-def test_callers_matmul_precision_is_neither_used_nor_changed(dtype, interface):
-    """In a trainer that sets "medium" or "high" for its own fp32 products, the gradient would be off by a tenth.
-
-    (Only on a CPU with bf16 units does the first assertion see it.)
-    """
-    chains = make_chains(vocabulary=4099, dtype=dtype, size=64)
-    expected = run(chains)
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    legacy = torch.get_float32_matmul_precision() if interface == "old" else None
-    try:
-        if interface == "old":
-            torch.set_float32_matmul_precision("medium")
-        else:
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        during = torch.backends.mkldnn.matmul.fp32_precision
-        found = run(chains)
-        assert torch.backends.mkldnn.matmul.fp32_precision == during
-        if interface == "old":
-            assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        torch.backends.mkldnn.matmul.fp32_precision = before
-    assert relative_error(found[1], expected[1].double()) < 1e-2
-    assert abs(found[0] - expected[0]) < 1e-6
-
-
-def test_works_inside_a_compiled_step():
-    chains = make_chains(size=16)
-    layer = torch.nn.Linear(16, 16)
-    loss_fn = E2ETVLoss()
-    inputs = chains.draft_hidden.nan_to_num()
-
-    def step():
-        return loss_fn(layer(inputs), chains.target_hidden, chains.weight, **chains.indices).loss
-
-    step().backward()
-    expected, layer.weight.grad = layer.weight.grad, None
-    torch.compile(step)().backward()
-    torch.testing.assert_close(layer.weight.grad, expected)
-
-
-def test_a_coupled_objective_inside_a_compiled_step():
-    """Its recursion over the texts must not be unrolled into the graph: other lengths would compile anew."""
-    layer = torch.nn.Linear(16, 16)
-    loss_fn = loss_by_name("expected_rounds")
-
-    def step(chains):
-        return loss_fn(layer(chains.draft_hidden.nan_to_num()), chains.target_hidden, chains.weight, **chains.arguments).loss
-
-    compiled = torch.compile(step, dynamic=True)
-    for anchors in (40, 60):
-        torch.testing.assert_close(compiled(make_chains(anchors=anchors)), step(make_chains(anchors=anchors)))
-
-
-def test_what_an_objective_does_not_name_it_cannot_read():
-    """It would train on a part of its gradient."""
-    chains = make_chains()
-    draft = chains.draft_hidden.clone().requires_grad_()
-    arguments = (draft, chains.target_hidden, chains.weight)
-    with pytest.raises(AttributeError, match="'log_q' was not asked for"):
-        linear_chain_loss(*arguments, **chains.indices, objective=lambda stats: 1 - stats.alpha - stats.log_q)
-    loss_fn = E2ETVLoss()
-    loss_fn.weight = torch.nn.Parameter(torch.ones(()))
-    with pytest.raises(ValueError, match="parameters that require grad"):
-        loss_fn(*arguments, **chains.arguments)
-
-
-def test_behind_a_checkpointed_head():
-    """Gradient checkpointing runs the head twice and must not disturb the op, whose backward may come much later."""
-    chains = make_chains(size=16)
-    layer = torch.nn.Linear(16, 16)
-    inputs = chains.draft_hidden.nan_to_num().requires_grad_()
-
-    def step(head):
-        return E2ETVLoss()(head(inputs), chains.target_hidden, chains.weight, **chains.arguments).loss
-
-    step(layer).backward()
-    expected, layer.weight.grad = layer.weight.grad, None
-    step(lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)).backward()
-    assert torch.equal(layer.weight.grad, expected)
-
-
 def test_without_gradient_the_gradient_is_not_computed(monkeypatch):
     chains = make_chains()
     expected = run(chains)[0]
@@ -410,51 +292,3 @@ def test_bf16_logits_ruin_the_gradient():
     theirs = relative_error(draft.grad, expected)
     assert ours < 0.02
     assert theirs > 0.3
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: {"weight": c.weight.clone().requires_grad_()}, "requires grad"),
-        (lambda c: {"weight": c.weight.to(torch.float8_e4m3fn)}, "expected bf16, fp16, fp32 or fp64"),
-        (lambda c: {"weight": c.weight[:, :3]}, "do not fit"),
-        (lambda c: {"tokens": torch.where(c.valid, 257, 0)}, "tokens of valid pairs range from 257 to 257"),
-        (lambda c: {"target_rows": torch.where(c.valid, -1, 0)}, "target_rows of valid pairs range from -1"),
-        (lambda c: {"tokens": c.tokens.float()}, "expected int64"),
-        (lambda c: {"valid": c.valid[:2]}, r"expected bool \(3, 40\)"),
-        (lambda c: {"valid": ~c.valid}, "not a prefix"),
-        (lambda c: {"temperature": 0.0}, "temperature is 0.0"),
-        (lambda c: {"temperature": torch.ones(3)}, r"expected a number or \[N\] = \(40,\)"),
-        (lambda c: {"temperature": torch.zeros(40)}, "expected above 0"),
-        (lambda c: {"statistics": ("alhpa",)}, "unknown statistics"),
-        (lambda c: {"top_k": 0}, "top_k is 0"),
-        (lambda c: {"top_k": 5, "statistics": ("log_q",)}, "does not read log_q"),
-        (lambda c: {"weight": c.weight.index_fill(0, torch.tensor(3), torch.nan)}, "weight holds NaN or inf"),
-        (lambda c: {"target_hidden": c.target_hidden.index_fill(0, torch.tensor(9), torch.inf)}, "target_hidden in rows"),
-        (lambda c: {"draft_hidden": torch.full_like(c.draft_hidden, -torch.inf)}, "draft_hidden of valid pairs holds"),
-        (lambda c: {"objective": lambda stats: stats.alpha.sum()}, "the objective returned shape"),
-        (
-            lambda c: {
-                "objective": lambda stats: stats.alpha.detach(),
-                "draft_hidden": c.draft_hidden.clone().requires_grad_(),
-            },
-            "the objective has no gradient",
-        ),
-        (lambda c: {"statistics": "alpha"}, "statistics is the string 'alpha'"),
-        (lambda c: {"normaliser": 0.0}, "normaliser is 0.0"),
-        (lambda c: {"normaliser": torch.ones(3)}, r"normaliser is a tensor \(3,\)"),
-        (lambda c: {"temperature": [1.0]}, r"temperature is \[1.0\]"),
-        (lambda c: {"weight": c.weight.half(), "draft_hidden": c.draft_hidden * 1e6}, "logits are not finite although"),
-    ],
-)
-def test_what_does_not_fit_is_refused(change, message):
-    chains = make_chains()
-    arguments = {
-        "draft_hidden": chains.draft_hidden,
-        "target_hidden": chains.target_hidden,
-        "weight": chains.weight,
-        "objective": lambda stats: 1 - stats.alpha,
-        **chains.indices,
-    }
-    with pytest.raises(ValueError, match=message):
-        linear_chain_loss(**(arguments | change(chains)))
