@@ -1,4 +1,4 @@
-"""Exported heads in the real vLLM: they load, do not change greedy text, and are accepted as often as predicted.
+"""Exported heads in the real vLLM: they load, and are accepted as often as predicted.
 
 Marked `engine`: `make test-engines` builds the environment that vLLM's CPU build needs and runs these tests.
 """
@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bebop.backbone import Backbone, load_tokenizer
+from bebop.backbone import Backbone
 from bebop.data.rollouts import Rollout
 from bebop.evaluation.acceptance import chain_statistics_of
 from bebop.evaluation.engine_counts import predict_engine_counts
 from bebop.heads.loading import head_for
-from tests.demo import demo_backbone
 from tests.engines.heads import bytes_of_docs, train_and_export, train_tiny_backbone
 
 pytestmark = pytest.mark.engine
@@ -32,7 +31,7 @@ def serve(model: Path, draft_steps: int, runs: list[dict], folder: Path) -> tupl
     """What vLLM sampled and counted in each run, and its log."""
     assert PYTHON.exists(), f"{PYTHON} does not exist; run `make test-engines`"
     job, result = folder / f"job{draft_steps}.json", folder / f"result{draft_steps}.json"
-    settings = {"model": str(model), "draft_steps": draft_steps, "dtype": "bfloat16", "max_length": 512, "runs": runs}
+    settings = {"model": str(model), "draft_steps": draft_steps, "dtype": "bfloat16", "max_length": 256, "runs": runs}
     job.write_text(json.dumps(settings))
     offline = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)}
     done = subprocess.run(
@@ -54,15 +53,12 @@ class Case:
     repeats: int  # runs over the prompts, to reach enough drafts
     served: dict[int, tuple[list[dict], str]] = field(default_factory=dict)
 
-    def run(self, draft_steps: int) -> tuple[dict, list[dict], str]:
-        """Greedy texts, sampled texts with their counters, and the log; served once for all tests."""
+    def run(self, draft_steps: int) -> tuple[list[dict], str]:
+        """Sampled texts with their counters, and the log; served once for all tests."""
         if draft_steps not in self.served:
-            greedy = {"prompts": self.prompts[:32], "temperature": 0.0, "max_tokens": 64}
             sampled = {"prompts": self.prompts, "temperature": self.temperature, "max_tokens": MAX_TOKENS}
-            runs = [greedy] + [sampled] * (self.repeats if draft_steps else 0)
-            self.served[draft_steps] = serve(self.export, draft_steps, runs, self.folder)
-        results, log = self.served[draft_steps]
-        return results[0], results[1:], log
+            self.served[draft_steps] = serve(self.export, draft_steps, [sampled] * self.repeats, self.folder)
+        return self.served[draft_steps]
 
 
 @pytest.fixture(scope="module")
@@ -77,42 +73,22 @@ def qwen3_5(tmp_path_factory) -> Case:
     return Case(folder, folder / "export", prompts, temperature=1.0, repeats=1)
 
 
-@pytest.fixture(scope="module")
-def mimo(tmp_path_factory) -> Case:
-    """The demo's backbone with a MiMo-layout head, trained for a minute on texts that vLLM sampled from it."""
-    folder = tmp_path_factory.mktemp("mimo")
-    target = demo_backbone()
-    words = (HERE.parents[1] / "docs" / "theory.md").read_text() + (HERE.parents[1] / "README.md").read_text()
-    ids = load_tokenizer(target).encode(words)
-    prompts = [ids[i : i + 12] for i in range(0, 64 * 30, 30)]
-    sampled = {"prompts": prompts, "temperature": 0.7, "max_tokens": 128}
-    ((result,), _) = serve(target, 0, [sampled], folder)
-    texts = [Rollout(p, t) for p, t in zip(prompts, result["texts"], strict=True)]
-    train_and_export(target, texts, folder, temperature=0.7, steps=40, learning_rate=2e-3)
-    return Case(folder, folder / "export", prompts, temperature=0.7, repeats=1)
-
-
-@pytest.fixture(params=["qwen3_5", "mimo"])
+@pytest.fixture(params=["qwen3_5"])
 def case(request) -> Case:
     return request.getfixturevalue(request.param)
 
 
 @pytest.mark.parametrize("draft_steps", [1, 3])
 def test_loads_without_a_word_about_weights(case, draft_steps):
-    log = case.run(draft_steps)[2]
-    said = [line for line in log.splitlines() if re.search("WARNING|ERROR", line) and re.search("weight|param|tensor", line)]
-    assert not said
-
-
-@pytest.mark.parametrize("draft_steps", [1, 3])
-def test_greedy_text_is_the_targets_own(case, draft_steps):
-    assert case.run(draft_steps)[0]["texts"] == case.run(0)[0]["texts"]
+    log = case.run(draft_steps)[1]
+    about_weights = r"(?i)(weight|tensor|checkpoint).*(missing|not (found|loaded|initiali[sz]ed)|unexpected|skip|ignor)"
+    assert not [line for line in log.splitlines() if re.search("WARNING|ERROR", line) and re.search(about_weights, line)]
 
 
 @pytest.mark.parametrize("draft_steps", [1, 3])
 def test_counted_acceptance_is_the_predicted_one(case, draft_steps):
     """From the texts the engine sampled, by our own unroll and statistics, weighted by where rounds start."""
-    runs = case.run(draft_steps)[1]
+    runs = case.run(draft_steps)[0]
     drafts = sum(r["drafts"] for r in runs)
     counted = [sum(r["accepted"][j] for r in runs) / drafts for j in range(draft_steps)]
     backbone = Backbone.load(str(case.export), torch.float32)
