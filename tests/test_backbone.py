@@ -34,12 +34,14 @@ def states_of(backbone, documents) -> list[torch.Tensor]:
 def test_documents_of_a_batch_do_not_see_each_other(kind, tmp_path):
     """Changing one leaves its neighbours bitwise equal, and each equals what it is alone, recurrent layers included."""
     backbone = make_backbone(tmp_path, kind)
+    backbone.model.set_experts_implementation("eager")  # the grouped one takes no float64
+    backbone.model.double()  # so that what is compared is not rounding, which grows from layer to layer
     documents = rollouts()
     together = states_of(backbone, documents)
     for i, document in enumerate(documents):
         ids = torch.tensor([document.prompt_ids + document.response_ids])
         alone = backbone.hidden_states(ids, torch.zeros_like(ids), torch.arange(ids.shape[1]).unsqueeze(0))[0]
-        torch.testing.assert_close(together[i], alone, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together[i], alone, atol=1e-5, rtol=1e-5)
     changed = [*documents[:3], rollouts(seed=1)[3]]
     assert len(changed[3]) == len(documents[3])
     after = states_of(backbone, changed)

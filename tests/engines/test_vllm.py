@@ -50,14 +50,13 @@ class Case:
     export: Path
     prompts: list[list[int]]
     temperature: float
-    repeats: int  # runs over the prompts, to reach enough drafts
     served: dict[int, tuple[list[dict], str]] = field(default_factory=dict)
 
     def run(self, draft_steps: int) -> tuple[list[dict], str]:
         """Sampled texts with their counters, and the log; served once for all tests."""
         if draft_steps not in self.served:
             sampled = {"prompts": self.prompts, "temperature": self.temperature, "max_tokens": MAX_TOKENS}
-            self.served[draft_steps] = serve(self.export, draft_steps, [sampled] * self.repeats, self.folder)
+            self.served[draft_steps] = serve(self.export, draft_steps, [sampled], self.folder)
         return self.served[draft_steps]
 
 
@@ -70,7 +69,7 @@ def qwen3_5(tmp_path_factory) -> Case:
     texts = [Rollout(text[i : i + 8], text[i + 8 : i + 96]) for i in range(0, len(text) - 96, 48)]
     train_and_export(target, texts, folder, temperature=1.0, steps=80, learning_rate=2e-3)
     prompts = [text[i : i + 12] for i in range(0, 64 * 40, 40)]
-    return Case(folder, folder / "export", prompts, temperature=1.0, repeats=1)
+    return Case(folder, folder / "export", prompts, temperature=1.0)
 
 
 @pytest.fixture(params=["qwen3_5"])
