@@ -21,6 +21,7 @@ class LmHead:
         self.weight = weight
         self.accumulate = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.in_slabs = weight.device.type != "cuda" and weight.dtype in (torch.bfloat16, torch.float16)
+        self._buffer: Tensor | None = None
         # What `back` takes: on a CPU in slabs fp32, so the gradient may overwrite the logits.
         self.gradient_dtype = torch.float32 if self.in_slabs else weight.dtype
 
@@ -63,10 +64,11 @@ class LmHead:
 
     def _slabs(self) -> Iterator[tuple[slice, Tensor]]:
         size, width = self.weight.shape
-        buffer = self.weight.new_empty(self.slab_rows, width, dtype=self.accumulate)
+        if self._buffer is None:  # one for all products: freed and taken anew, it would leave holes between the logits
+            self._buffer = self.weight.new_empty(self.slab_rows, width, dtype=self.accumulate)
         for start in range(0, size, self.slab_rows):
             part = slice(start, min(start + self.slab_rows, size))
-            yield part, buffer[: part.stop - start].copy_(self.weight[part])
+            yield part, self._buffer[: part.stop - start].copy_(self.weight[part])
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
