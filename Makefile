@@ -1,6 +1,6 @@
 # make demo   sets up .venv and runs the main job on a small real model (README)
 # make test   sets up .venv and runs the tests
-# make test-engines  sets up .venv-engines with vLLM's CPU build, and serves exported heads in it
+# make test-engines  sets up .venv-engines with vLLM's CPU build and llama.cpp, and serves exported heads in them
 # make check  lint, format, types, and the wheel
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

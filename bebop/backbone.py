@@ -198,12 +198,27 @@ class Backbone:
         pre_norm, _ = self._forward(tokens, None)
         return pre_norm.float().pow(2).mean(-1).sqrt().median().item()
 
-    def _forward(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, positions: Tensor, real: Tensor, cache: Any) -> Tensor:
+        """States at the tap of tokens that go on from a cache: [B, T] -> [B, T, d].
+
+        Args:
+            tokens, positions: [B, T] int64.
+            real: [B, cached + T] bool, False for padding, which stands on the left.
+            cache: a transformers cache, updated.
+        """
+        pre_norm, post_norm = self._forward(
+            tokens, positions, attention_mask=real.long(), past_key_values=cache, use_cache=True
+        )
+        return pre_norm if self.family.tap == "pre_norm" else post_norm
+
+    def _forward(self, tokens: Tensor, positions: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """States before and after the final norm, each [B, T, d]."""
         tapped: dict[str, Tensor] = {}
         handle = self.decoder.norm.register_forward_pre_hook(lambda _, inputs: tapped.update(pre_norm=inputs[0]))
         try:
-            post_norm = self.decoder(input_ids=tokens, position_ids=positions, use_cache=False).last_hidden_state
+            options = {"use_cache": False} | options
+            post_norm = self.decoder(input_ids=tokens, position_ids=positions, **options).last_hidden_state
         finally:
             handle.remove()
         return tapped["pre_norm"], post_norm

@@ -110,7 +110,8 @@ QWEN3_NEXT = Family(
     class_prefix="Qwen3Next",
     rotary_class="Qwen3NextRotaryEmbedding",
     announced_by=("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
-    config_values={**_TRANSFORMERS_KEYS, "num_nextn_predict_layers": 1},
+    # The second is what llama.cpp's converter asks for.
+    config_values={**_TRANSFORMERS_KEYS, "num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1},
     stores_lm_head=True,
     **_QWEN_NAMES,
 )

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from bebop.data.rollouts import Rollout
 from bebop.errors import InputError
+from bebop.sampling import draw
 
 _MARK = "\u2402bebop\u2402"
 
@@ -53,18 +54,6 @@ class _Dialogues:
         return tokens
 
 
-def _draw(logits: Tensor, temperature: Tensor, generator: torch.Generator) -> Tensor:
-    """A token from softmax(logits / temperature) a row: [B, V], [B] -> [B].
-
-    By inverting the cumulative distribution: on a CPU torch.multinomial takes ten times as long, half of a decoding step.
-    """
-    cumulative = torch.softmax(logits.float() / temperature.unsqueeze(1), dim=-1).cumsum(dim=-1)
-    uniform = torch.rand(len(logits), 1, generator=generator, device=logits.device)
-    # Scaled by the last entry, which rounding leaves a little off 1, so that the index is always inside.
-    token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-    return token.clamp(max=logits.shape[-1] - 1)
-
-
 @torch.no_grad()
 def _write_dialogues(
     model: Any,
@@ -88,7 +77,8 @@ def _write_dialogues(
     while not bool(dialogues.done.all()):
         logits = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         sampled = torch.full((size,), after[0], device=device)
-        sampled[running] = _draw(logits, both[dialogues.answering.long()[running]], generator)
+        temperature = both[dialogues.answering.long()[running]]
+        sampled[running] = draw(torch.softmax(logits.float() / temperature.unsqueeze(1), dim=-1), generator)
         tokens = dialogues.append(sampled)
         texts = torch.cat([texts, tokens.unsqueeze(1)], dim=1)
         alive = ~dialogues.done[running]

@@ -3,8 +3,9 @@ from collections import Counter
 import pytest
 import torch
 
-from bebop.data.generate import _draw, chat_openings, generate_rollouts
+from bebop.data.generate import chat_openings, generate_rollouts
 from bebop.errors import InputError
+from bebop.sampling import draw
 from tests.rollouts import CHAT_TEMPLATE, make_tokenizer
 from tests.tiny_models import make_model
 
@@ -16,8 +17,8 @@ def test_draw_follows_the_distribution():
     logits = torch.tensor([1.0, 0.0, -torch.inf, 2.0, -1.0])
     temperature = 0.7
     n = 200_000
-    tokens = _draw(logits.expand(n, -1), torch.full((n,), temperature), torch.Generator().manual_seed(0))
     p = (logits / temperature).softmax(0)
+    tokens = draw(p.expand(n, -1), torch.Generator().manual_seed(0))
     counts = torch.bincount(tokens, minlength=5)
     assert counts[2] == 0
     possible = p > 0

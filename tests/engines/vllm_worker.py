@@ -1,14 +1,32 @@
 """Serves a directory in vLLM and writes what it sampled and counted; runs in the engine environment.
 
 python vllm_worker.py JOB.json RESULT.json, with JOB = {model, draft_steps (0: no speculation), dtype, max_length,
-runs: [{prompts: [[ids]], temperature, max_tokens, seed}]} and RESULT = [{texts: [[ids]], drafts, accepted: [per position]}].
+runs: [{prompts: [[ids]], temperature, max_tokens}]} and RESULT = [{texts: [[ids]], drafts, accepted: [per position]}].
+The logits of the first draft of every prompt of a greedy run go to RESULT.pt, [prompts, V].
 """
 
 import json
 import sys
 from pathlib import Path
 
+import torch
 from vllm import LLM, SamplingParams
+from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+
+class FirstDrafts:
+    """The draft model's logits at the first greedy draft step that covers all prompts at once."""
+
+    def __init__(self):
+        self.prompts, self.logits = 0, None
+        greedy_sample = SpecDecodeBaseProposer._greedy_sample
+
+        def recording(proposer, hidden_states):
+            if self.logits is None and len(hidden_states) == self.prompts:
+                self.logits = proposer.model.compute_logits(hidden_states).float().clone()
+            return greedy_sample(proposer, hidden_states)
+
+        SpecDecodeBaseProposer._greedy_sample = recording
 
 
 def counters(llm) -> tuple[int, list[int]]:
@@ -21,8 +39,8 @@ def counters(llm) -> tuple[int, list[int]]:
     return drafts, accepted
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+def main(job: dict, result: Path) -> None:
+    first = FirstDrafts()
     speculative = {
         "method": "mtp", "num_speculative_tokens": job["draft_steps"], "draft_sample_method": "probabilistic"
     }  # fmt: skip
@@ -41,6 +59,7 @@ def main() -> None:
     results = []
     for run in job["runs"]:
         before = counters(llm)
+        first.prompts = len(run["prompts"]) if run["temperature"] == 0 else 0
         sampling = SamplingParams(
             temperature=run["temperature"], max_tokens=run["max_tokens"], ignore_eos=True, detokenize=False, seed=None
         )
@@ -53,8 +72,10 @@ def main() -> None:
                 "accepted": [a - b for a, b in zip(accepted, before[1] or [0] * len(accepted), strict=True)],
             }
         )
-    Path(sys.argv[2]).write_text(json.dumps(results))
+    if first.logits is not None:
+        torch.save(first.logits, result.with_suffix(".pt"))
+    result.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

@@ -184,7 +184,8 @@ def test_config_says_what_each_engine_reads(kind, tmp_path):
     save_head(head_for(Backbone.load(str(target), torch.float32))[0], tmp_path / "head", {})
     export_head(tmp_path / "head", str(target), tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["num_nextn_predict_layers" if kind == "qwen3_next" else "mtp_num_hidden_layers"] == 1
+    assert config["mtp_num_hidden_layers"] == 1
+    assert config.get("num_nextn_predict_layers") == (1 if kind == "qwen3_next" else None)
     assert config["num_mtp_layers"] == 1
     assert config["layer_types"] == ["linear_attention"] * 3 + ["full_attention"]
     assert config["full_attention_interval"] == 4
@@ -219,3 +220,42 @@ def test_a_multimodal_wrapper_keeps_its_shape(tmp_path):
     assert config["text_config"]["mtp_num_hidden_layers"] == 1
     assert "mtp_num_hidden_layers" not in config
     assert not check_export(tmp_path / "export").problems
+
+
+def test_a_sharded_target_named_by_its_hub_id(tmp_path, monkeypatch):
+    """As the hub client's cache holds it: a snapshot of links, weights in several shards, one with the native head."""
+    snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / "abc"
+    stored = make_checkpoint(tmp_path / "stored", "qwen3_5_moe_text", native_head=True)
+    first = stored / "model-00001-of-00002.safetensors"
+    tensors = load_file(first)
+    names = sorted(tensors)
+    index = json.loads((stored / "model.safetensors.index.json").read_text())
+    for number, part in enumerate((names[: len(names) // 2], names[len(names) // 2 :])):
+        writer.save_file({name: tensors[name] for name in part}, stored / f"part{number}.safetensors")
+        index["weight_map"] |= dict.fromkeys(part, f"part{number}.safetensors")
+    first.unlink()
+    (stored / "model.safetensors.index.json").write_text(json.dumps(index))
+    snapshot.mkdir(parents=True)
+    for path in stored.iterdir():
+        (snapshot / path.name).symlink_to(path)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    backbone = Backbone.load("owner/name", torch.float32)
+    head, origin = head_for(backbone)
+    assert origin == "checkpoint"
+    scramble(head, seed=5)
+    save_head(head, tmp_path / "head", {})
+    export_head(tmp_path / "head", "owner/name", tmp_path / "export")
+    assert not check_export(tmp_path / "export").problems
+    exported = Backbone.load(str(tmp_path / "export"), torch.float32)
+    again, _ = head_for(exported)
+    assert all(torch.equal(a, b) for a, b in zip(head.state_dict().values(), again.state_dict().values(), strict=True))
+    for name, tensor in backbone.model.state_dict().items():
+        assert torch.equal(tensor, exported.model.state_dict()[name]), name
+    assert (
+        load_file(stored / "model-00002-of-00002.safetensors").keys()
+        == load_file(tmp_path / "export" / "model-00003-of-00003.safetensors").keys()
+    ), "the target's own head is untouched"
