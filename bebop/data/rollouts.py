@@ -26,6 +26,7 @@ class Rollout:
     prompt_ids: list[int]
     response_ids: list[int]
     finish_reason: str = "stop"
+    source: str = ""  # domain or data set, for reports by source
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -128,7 +129,11 @@ def _rollout(path: Path, number: int, line: str, header: RolloutHeader) -> Rollo
             )
         if not all(type(i) is int and 0 <= i < header.vocab_size for i in ids):
             raise InputError(f"{path}:{number}: {key} has an id that is no integer from 0 to {header.vocab_size - 1}")
-    return Rollout(record["prompt_ids"], record["response_ids"], record.get("finish_reason", "stop"))
+    texts = {key: record.get(key, default) for key, default in (("finish_reason", "stop"), ("source", ""))}
+    for key, value in texts.items():
+        if not isinstance(value, str):
+            raise InputError(f"{path}:{number}: {key} is {value!r}, expected a string")
+    return Rollout(record["prompt_ids"], record["response_ids"], **texts)
 
 
 def check_rollouts(

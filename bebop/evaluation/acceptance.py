@@ -6,17 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from bebop.backbone import Backbone
 from bebop.data.batches import make_batch, plan_micro_batches
 from bebop.data.rollouts import Rollout
 from bebop.data.states import StateCache
 from bebop.errors import InputError
+from bebop.evaluation.engine_counts import acceptance_under
 from bebop.heads.draft import draft
 from bebop.heads.head import MTPHead
 from bebop.kernels.linear_chain import DEFAULT_CHUNK_BYTES, linear_chain_statistics
 from bebop.kernels.stats import ChainStats
-from bebop.losses.realised import reach_probability, realised_acceptance
 
 # What `pair_values` reads besides alpha, log q and log p.
 EVALUATED = ("kl", "target_entropy", "alpha_target_only", "target_only_hit")
@@ -66,11 +67,11 @@ class Acceptance:
 
 def pair_values(stats: ChainStats) -> dict[str, Tensor]:
     """What is averaged over valid pairs for each step: tensors [K, N] under the names of `Acceptance`."""
-    realised = reach_probability(realised_acceptance(stats)) * stats.alpha
-    values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": realised}
+    sampled = acceptance_under("rejection_sampling", stats)
+    values = {"alpha": stats.alpha, "cumulative": stats.alpha.cumprod(0), "realised": sampled.realised}
     if "target_only_hit" in stats.values:
-        values["alpha_target_only"] = stats.alpha_target_only
-        values["realised_target_only"] = reach_probability(stats.target_only_hit) * stats.alpha_target_only
+        greedy = acceptance_under("target_only", stats)
+        values |= {"alpha_target_only": greedy.alpha, "realised_target_only": greedy.realised}
     return values | {name: stats.values[name] for name in ("kl", "target_entropy") if name in stats.values}
 
 
@@ -96,7 +97,6 @@ def summarise(batches: Iterable[ChainStats]) -> Acceptance:
     return Acceptance(chains=int(count[0]), target_entropy=(sums["target_entropy"].sum() / count.sum()).item(), **means)
 
 
-@torch.no_grad()
 def chain_statistics_of(
     head: MTPHead,
     backbone: Backbone,
@@ -104,27 +104,51 @@ def chain_statistics_of(
     *,
     steps: int,
     temperature: float,
+    **options: Any,
+) -> Iterator[ChainStats]:
+    """Chain statistics of all anchors of the rollouts, batch by batch. Arguments as for `chain_statistics_at`."""
+    for stats in chain_statistics_at(head, backbone, rollouts, steps=steps, temperatures=(temperature,), **options):
+        yield stats[0]
+
+
+@torch.no_grad()
+def chain_statistics_at(
+    head: MTPHead,
+    backbone: Backbone,
+    rollouts: Sequence[Rollout],
+    *,
+    steps: int,
+    temperatures: Sequence[float],
     compute_dtype: torch.dtype,
+    statistics: tuple[str, ...] = EVALUATED,
     tokens_per_micro_batch: int = 4096,
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     states: StateCache | None = None,
-) -> Iterator[ChainStats]:
-    """Chain statistics of all anchors of the rollouts, batch by batch, at K+1 lm_head products a chain.
+    progress: str | None = None,
+) -> Iterator[list[ChainStats]]:
+    """Chain statistics of all anchors of the rollouts at several temperatures, batch by batch.
+
+    Backbone and head run once; the lm_head takes K+1 products a chain for every temperature.
 
     Args:
         head, backbone: the pair that is to serve.
-        rollouts: sampled from this backbone, at `temperature` if realised estimates are to be unbiased.
+        rollouts: sampled from this backbone; realised estimates are unbiased only at the temperature they were sampled at.
         steps: K.
-        temperature: of target and draft.
+        temperatures: of target and draft.
         compute_dtype: bf16 or fp32, of the head.
+        statistics: those wanted besides alpha, log q and log p.
         tokens_per_micro_batch, chunk_bytes: what is in memory at once.
         states: the backbone's states of these rollouts, if they are at hand.
+        progress: what to call this on a progress bar; no bar if None.
+
+    Returns:
+        for every batch the statistics at each temperature, with `documents` set: indices of rollouts, -1 where padded.
     """
     plan = plan_micro_batches([len(r) for r in rollouts], tokens_per_micro_batch, backbone.packs_documents)
     was_training = head.training
     head.eval()
     try:
-        for rows in plan:
+        for rows in tqdm(plan, desc=progress, unit="batch", disable=progress is None):
             batch = make_batch(rows, rollouts).to(backbone.device)
             hidden, target, targets = draft(
                 head,
@@ -139,17 +163,21 @@ def chain_statistics_of(
                 steps=steps,
                 compute_dtype=compute_dtype,
             )
-            stats = linear_chain_statistics(
-                hidden,
-                target,
-                backbone.lm_head_weight,
-                **targets._asdict(),
-                statistics=EVALUATED,
-                temperature=temperature,
-                chunk_bytes=chunk_bytes,
-            )
-            stats.documents = batch.documents.reshape(-1)
-            yield stats
+            found = [
+                linear_chain_statistics(
+                    hidden,
+                    target,
+                    backbone.lm_head_weight,
+                    **targets._asdict(),
+                    statistics=statistics,
+                    temperature=temperature,
+                    chunk_bytes=chunk_bytes,
+                )
+                for temperature in temperatures
+            ]
+            for stats in found:
+                stats.documents = batch.documents.reshape(-1)
+            yield found
     finally:
         head.train(was_training)
 

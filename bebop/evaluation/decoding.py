@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 from transformers import DynamicCache
 
 from bebop.backbone import Backbone
@@ -62,6 +63,7 @@ def speculative_decode(
     rule: str = "rejection_sampling",
     stop: Sequence[int] = (),
     seed: int = 0,
+    progress: str | None = None,
 ) -> Decoded:
     """Write a text for every prompt, all at once, with drafts of the head.
 
@@ -74,6 +76,7 @@ def speculative_decode(
         rule: one of `VERIFICATION_RULES`.
         stop: tokens that end a text.
         seed: of all sampling.
+        progress: what to call this on a progress bar; no bar if None.
 
     Raises:
         InputError: an unknown rule, an empty prompt, texts longer than the model takes, or none long enough for a round.
@@ -88,7 +91,7 @@ def speculative_decode(
     if max_tokens < steps + 2:
         raise InputError(f"max_tokens = {max_tokens} leaves no room for a round of {steps} drafts; raise it to {steps + 2}")
     decoder = _Decoder(head, backbone, prompts, steps, temperature, rule, seed)
-    texts = decoder.write(max_tokens, stop)
+    texts = decoder.write(max_tokens, stop, progress)
     if decoder.rounds == 0:
         raise InputError(f"no text was long enough for a round of {steps} drafts")
     return Decoded(texts, decoder.rounds, decoder.accepted.tolist())
@@ -132,10 +135,10 @@ class _Decoder:
         self.rounds = 0
         self.accepted = torch.zeros(steps, dtype=torch.long, device=device)
 
-    def write(self, max_tokens: int, stop: Sequence[int]) -> list[list[int]]:
+    def write(self, max_tokens: int, stop: Sequence[int], progress: str | None) -> list[list[int]]:
         ends = torch.tensor(list(stop), dtype=torch.long, device=self.tokens.device)
         columns, lengths = [], torch.full_like(self.pending, max_tokens)
-        for written in range(1, max_tokens + 1):
+        for written in tqdm(range(1, max_tokens + 1), desc=progress, unit="pass", disable=progress is None):
             states = self.backbone.decode(self.tokens, self.positions, self.real, self.backbone_cache)
             emitted, accepted = self._judge(self._probabilities(self.backbone.target_hidden(states[:, -1])))
             columns.append(emitted)

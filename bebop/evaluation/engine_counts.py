@@ -4,21 +4,71 @@ A round starts behind every rejection, so hard places are over-represented in an
 target sampled, the probability omega(n) that a round starts at anchor n follows from the acceptance of the text's own
 tokens (`bebop.losses.expected_rounds`). Draft j is then accepted in a share of
 
-    sum_n omega(n) reach_j(n) alpha_j(n) / sum_n omega(n),      reach_j = prod_{i<j} min(1, q_i(x_i)/p_i(x_i))
+    sum_n omega(n) reach_j(n) alpha_j(n) / sum_n omega(n),      reach_j = prod_{i<j} r_i(n)
 
-of the rounds (derived).
+of the rounds (derived). r_i is the probability that the text's own token was an accepted draft: min(1, q_i(x_i)/p_i(x_i))
+under rejection sampling, 1[x_i = argmax q_i] for greedy drafts.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bebop.errors import InputError
+from bebop.evaluation.sums import DocumentSums
 from bebop.kernels.stats import ChainStats
 from bebop.losses.expected_rounds import accepted_counts, rounds
 from bebop.losses.realised import reach_probability, realised_acceptance
+
+# Rules whose acceptance follows from chain statistics; `bebop.evaluation.decoding` says what they are.
+RULES = ("rejection_sampling", "target_only")
+
+
+class RuleAcceptance(NamedTuple):
+    """Of a verification rule, each [K, N].
+
+    alpha: probability that a draft of step k is accepted.
+    accepts: r_k, the probability that the text's own token was an accepted draft.
+    """
+
+    alpha: Tensor
+    accepts: Tensor
+
+    @property
+    def realised(self) -> Tensor:
+        """[prod_{i<k} r_i] alpha_k, whose mean over sampled text is the probability that drafts 1..k are all accepted."""
+        return reach_probability(self.accepts) * self.alpha
+
+
+def acceptance_under(rule: str, stats: ChainStats) -> RuleAcceptance:
+    """Acceptance of drafts under one of `RULES`."""
+    if rule == "rejection_sampling":
+        return RuleAcceptance(stats.alpha, realised_acceptance(stats))
+    return RuleAcceptance(stats.alpha_target_only, stats.target_only_hit)
+
+
+def add_engine_counts(sums: DocumentSums, name: str, stats: ChainStats, rule: str, steps: int) -> None:
+    """Add what an engine with `steps` drafts a round counts on these texts.
+
+    `{name}/j`: share of rounds in which draft j is accepted; chains that the end of a text cuts short are left out.
+    `{name}/rounds`: target passes of a response.
+    """
+    if stats.documents is None:
+        raise ValueError("chains must say which document they belong to; set stats.documents")
+    valid = stats.valid[:steps]
+    alpha, accepts = (x[:steps] for x in acceptance_under(rule, stats))
+    found = rounds(accepted_counts(accepts, valid), valid, stats.documents)
+    starts = torch.where(valid[-1], found.starts, 0.0)
+    for j, reached in enumerate(reach_probability(accepts).double() * alpha.double(), start=1):
+        sums.add(f"{name}/{j}", reached, starts, stats.documents)
+    _, documents = stats.documents.unique(return_inverse=True)
+    chains = valid[0].nonzero().squeeze(1)
+    first = torch.zeros_like(valid[0])
+    first[chains[documents[chains].diff(prepend=documents.new_tensor([-1])) != 0]] = True
+    sums.add(f"{name}/rounds", found.remaining, first, stats.documents)
 
 
 @dataclass
@@ -41,34 +91,32 @@ class EngineCounts:
         return 1.0 + sum(self.acceptance)
 
 
-def predict_engine_counts(batches: Iterable[ChainStats]) -> EngineCounts:
+def predict_engine_counts(batches: Iterable[ChainStats], rule: str = "rejection_sampling") -> EngineCounts:
     """Counters of an engine that serves the head, from chain statistics on texts that the target sampled.
 
     Chains that the end of a text cuts short are left out; texts should be long against K.
 
     Args:
         batches: statistics of whole documents, with `documents` set and -1 for padding.
+        rule: one of `RULES`; target_only needs alpha_target_only and target_only_hit among the statistics.
 
     Raises:
         InputError: no text is long enough for a whole chain.
     """
-    accepted: list[Tensor] = []  # per batch [documents, K]
-    started: list[Tensor] = []  # [documents]
+    found: list[Tensor] = []  # of each batch: [documents, K, 2], accepted drafts j and rounds
     for stats in batches:
         if stats.documents is None:
             raise ValueError("chains must say which document they belong to; set stats.documents")
-        accepts = realised_acceptance(stats)
-        starts = rounds(accepted_counts(accepts, stats.valid), stats.valid, stats.documents).starts
-        starts = torch.where(stats.valid[-1], starts, 0.0)
-        weighted = (starts * reach_probability(accepts).double() * stats.alpha.double()).T.cpu()  # [N, K]
-        _, document = stats.documents.cpu().unique(return_inverse=True)
-        count = int(document.max()) + 1
-        accepted.append(torch.zeros(count, weighted.shape[1], dtype=torch.float64).index_add_(0, document, weighted))
-        started.append(torch.zeros(count, dtype=torch.float64).index_add_(0, document, starts.cpu()))
-    per_document, total = torch.cat(accepted), torch.cat(started)
-    if not total.sum() > 0:
+        steps = len(stats.valid)
+        sums = DocumentSums(int(stats.documents.max()) + 1)
+        add_engine_counts(sums, "engine", stats, rule, steps)
+        here = torch.stack([sums.columns[f"engine/{j + 1}"] for j in range(steps)], dim=1)
+        found.append(here[here[:, 0, 1] > 0])
+    accepted, started = torch.cat(found).unbind(-1) if found else torch.zeros(2, 0, 1)
+    total = started[:, 0].sum()
+    if not total > 0:
         raise InputError("no response is long enough for a whole chain; use longer texts or fewer draft steps")
-    share = per_document.sum(0) / total.sum()
+    share = accepted.sum(0) / total
     # A ratio of sums over documents, linearised.
-    spread = (per_document - share * total.unsqueeze(1)).pow(2).sum(0).sqrt() / total.sum()
-    return EngineCounts(share.tolist(), spread.tolist(), total.sum().item())
+    spread = (accepted - share * started).pow(2).sum(0).sqrt() / total
+    return EngineCounts(share.tolist(), spread.tolist(), total.item())

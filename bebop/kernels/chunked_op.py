@@ -161,11 +161,12 @@ class ChunkedOp:
         sums = passes.statistics(z, t, chunk.index, scale, lse_z, lse_t, self.names)
         values |= {name: vocabulary.sum(value) for name, value in sums.items()}
         values["alpha"].clamp_(max=1.0)  # what a sum of fp32 numbers may exceed by their rounding
-        if "alpha_target_only" in self.names or "target_only_hit" in self.names:
+        if {"alpha_target_only", "target_only_hit", "top_agreement"} & set(self.names):
             top = vocabulary.argmax(z)
             log_p_top = vocabulary.pick(t, chunk.index, vocabulary.columns(top)) * scale - lse_t
             values["alpha_target_only"] = log_p_top.exp().to(z.dtype)
             values["target_only_hit"] = (top == chunk.tokens).to(z.dtype)
+            values["top_agreement"] = (top == vocabulary.argmax(t)[chunk.index]).to(z.dtype)
         return _Rows(chunk, z, t, None if spare is None else _first_rows(spare, pairs), scale, lse_z, lse_t, columns, values)
 
     def _inverse_temperature(self, chunk: Chunk) -> Tensor:

@@ -59,6 +59,7 @@ def chain_statistics(
     }
     top = log_q.detach().argmax(-1)
     values["alpha_target_only"] = p.gather(-1, top.unsqueeze(-1)).squeeze(-1)
+    values["top_agreement"] = (top == log_p.argmax(-1)).to(p.dtype)
     if tokens is not None:
         at = torch.where(valid, tokens, 0).unsqueeze(-1)
         values["log_q"] = log_q_full.gather(-1, at).squeeze(-1)

@@ -4,7 +4,9 @@ from torch import Tensor
 
 # What the op can compute per (step, chain) pair. The first group carries gradient to the draft.
 DIFFERENTIABLE = ("alpha", "kl", "reverse_kl", "log_q")
-STATISTICS = (*DIFFERENTIABLE, "log_p", "target_entropy", "draft_entropy", "alpha_target_only", "target_only_hit")
+STATISTICS = (
+    *DIFFERENTIABLE, "log_p", "target_entropy", "draft_entropy", "alpha_target_only", "target_only_hit", "top_agreement",
+)  # fmt: skip
 
 
 class ChainStats:
@@ -25,6 +27,7 @@ class ChainStats:
         draft_entropy: entropy of q, in nats.
         alpha_target_only: p(argmax q), acceptance of greedy drafts (Eq. 1).
         target_only_hit: 1 where x = argmax q, else 0.
+        top_agreement: 1 where argmax p = argmax q, else 0.
         values: the statistics that were computed, by name.
     """
 
@@ -37,6 +40,7 @@ class ChainStats:
     draft_entropy: Tensor
     alpha_target_only: Tensor
     target_only_hit: Tensor
+    top_agreement: Tensor
 
     def __init__(self, valid: Tensor, documents: Tensor | None = None, **values: Tensor):
         self.valid = valid

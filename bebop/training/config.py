@@ -33,6 +33,8 @@ class TrainConfig:
     )
     draft_steps: int = _option(3, "K, draft steps of a chain in training and evaluation.")
     temperature: float = _option(1.0, "Divides draft and target logits; sample rollouts and serve at the same one.")
+    temperature_low: float = _option(0.0, "With temperature_high: training draws every chain's temperature from this range.")
+    temperature_high: float = _option(0.0, "Upper end of that range; 0 in both: `temperature` for all chains.")
 
     loss: str = _option("e2e_tv", f"Objective: {', '.join(LOSSES)}; or a weighted sum, as 'e2e_tv + 0.1 ce'.")
     cold_start_loss: str = _option("lk_hybrid", "Objective of the first cold_start_steps of a cold-started head.")
@@ -93,6 +95,11 @@ class TrainConfig:
         for key in ("temperature", "learning_rate", "max_grad_norm"):
             if not getattr(self, key) > 0:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a number above 0")
+        low, high = self.temperature_low, self.temperature_high
+        if (low, high) != (0.0, 0.0) and not 0 < low <= high:
+            raise InputError(
+                f"temperature_low and temperature_high are {low} and {high}, expected 0 < low <= high, or 0 and 0"
+            )
         for key in ("held_out_share", "warmup_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a share from 0 to below 1")

@@ -29,6 +29,7 @@ from bebop.heads.head import MTPHead
 from bebop.heads.loading import head_for, save_head
 from bebop.heads.targets import chain_targets
 from bebop.losses import ChainLoss, loss_by_name
+from bebop.machine import Clock, compute_dtype, use_all_cores
 from bebop.training.checkpoint import (
     check_position,
     drop_checkpoints_after,
@@ -37,7 +38,6 @@ from bebop.training.checkpoint import (
     save_checkpoint,
 )
 from bebop.training.config import TrainConfig
-from bebop.training.machine import Clock, native_bf16, use_all_cores
 from bebop.training.metrics import METRICS_FILE, Metrics
 
 logger = logging.getLogger(__name__)
@@ -45,48 +45,52 @@ logger = logging.getLogger(__name__)
 _SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, material: "Material | None" = None) -> None:
     """Run a configuration from start to report. Everything that can be refused is refused before the first step.
+
+    Args:
+        config: all options.
+        material: model and data of an earlier run in this process, which differs in neither; loaded if None.
 
     Raises:
         InputError: a model, rollout file, head or key that does not fit; says which, and what to do.
     """
     config.check()
     accelerator = Accelerator(log_with=None if config.tracker == "none" else config.tracker, project_dir=config.output)
-    use_all_cores(accelerator)
+    use_all_cores(accelerator.device, accelerator.num_processes)
     set_seed(config.seed)
-    _Run(config, accelerator).go()
+    _Run(config, accelerator, material).go()
 
 
 @dataclass
-class _Data:
+class Material:
+    """What runs that differ in their objective have in common: the frozen model and the rollouts."""
+
+    backbone: Backbone
+    dtype: torch.dtype
     train: list[Rollout]
     held_out: list[Rollout]
     train_states: StateCache | None = None
     held_out_states: StateCache | None = None
 
+    @classmethod
+    def load(cls, config: TrainConfig, device: torch.device) -> "Material":
+        """Read and check model and rollouts of a configuration.
 
-class _Run:
-    def __init__(self, config: TrainConfig, accelerator: Accelerator):
-        self.config = config
-        self.accelerator = accelerator
-        self.output = Path(config.output)
-        device = accelerator.device
-        bf16 = config.dtype == "bf16" or (config.dtype == "auto" and native_bf16(device))
-        self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.resume_from = find_checkpoint(self.output, config.resume) if config.resume else None
-        if self.resume_from is None:
-            self._check_output()
-
-        header, rollouts = read_rollouts(Path(config.rollouts))
-        self.backbone = Backbone.load(config.backbone, self.dtype, device)
+        Raises:
+            InputError: they are missing or damaged, do not belong together, or are too few or too short to train on.
+        """
+        path = Path(config.rollouts)
+        header, rollouts = read_rollouts(path)
+        dtype = compute_dtype(config.dtype, device)
+        backbone = Backbone.load(config.backbone, dtype, device)
         check_rollouts(
-            Path(config.rollouts),
+            path,
             header,
             rollouts,
-            vocab_size=self.backbone.lm_head_weight.shape[0],
-            tokenizer=load_tokenizer(self.backbone.directory),
-            max_length=min(config.max_length or self.backbone.max_length, self.backbone.max_length),
+            vocab_size=backbone.lm_head_weight.shape[0],
+            tokenizer=load_tokenizer(backbone.directory),
+            max_length=min(config.max_length or backbone.max_length, backbone.max_length),
         )
         if header.temperature != config.temperature:
             logger.warning(
@@ -94,21 +98,35 @@ class _Run:
                 header.temperature,
                 config.temperature,
             )
-        self.data = _Data(*split_held_out(rollouts, config.held_out_share))
-        if self.resume_from is not None:
-            check_position(self.resume_from, self._position())
-        for side, documents in (("training", self.data.train), ("held-out", self.data.held_out)):
+        material = cls(backbone, dtype, *split_held_out(rollouts, config.held_out_share))
+        for side, documents in (("training", material.train), ("held-out", material.held_out)):
             if not documents:
                 raise InputError(
-                    f"{config.rollouts}: of {len(rollouts)} rollouts none is {side} at held_out_share "
-                    f"{config.held_out_share}; sample more rollouts or change the share"
+                    f"{path}: of {len(rollouts)} rollouts none is {side} at held_out_share {config.held_out_share}; "
+                    "sample more rollouts or change the share"
                 )
             if (longest := max(len(r.response_ids) for r in documents)) <= config.draft_steps:
                 raise InputError(
-                    f"{config.rollouts}: the longest {side} response has {longest} tokens, too few for {config.draft_steps} "
-                    f"draft steps, which take {config.draft_steps + 1}; sample longer responses or lower draft_steps"
+                    f"{path}: the longest {side} response has {longest} tokens, too few for {config.draft_steps} draft "
+                    f"steps, which take {config.draft_steps + 1}; sample longer responses or lower draft_steps"
                 )
-        attention = "flex_attention" if device.type == "cuda" else "sdpa"
+        return material
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, material: Material | None):
+        self.config = config
+        self.accelerator = accelerator
+        self.output = Path(config.output)
+        self.resume_from = find_checkpoint(self.output, config.resume) if config.resume else None
+        if self.resume_from is None:
+            self._check_output()
+
+        self.data = material or Material.load(config, accelerator.device)
+        self.backbone, self.dtype = self.data.backbone, self.data.dtype
+        if self.resume_from is not None:
+            check_position(self.resume_from, self._position())
+        attention = "flex_attention" if accelerator.device.type == "cuda" else "sdpa"
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
         self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
@@ -147,7 +165,7 @@ class _Run:
             f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, "
             f"head from {self.origin}, {len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
         )
-        if config.cache_states:
+        if config.cache_states and self.data.train_states is None:
             self._cache_states()
 
         matrices = [p for p in self.head.parameters() if p.ndim > 1]
@@ -287,6 +305,7 @@ class _Run:
                         **targets._asdict(),
                         documents=batch.documents.reshape(-1),
                         normaliser=normaliser,
+                        temperature=self._temperatures(step, number, batch.tokens.numel()),
                     )
                 with clock("head"):
                     # Data parallelism averages gradients over processes; the normaliser already spans them.
@@ -323,6 +342,16 @@ class _Run:
             "seconds": seconds,
             **{f"seconds_{part}": spent for part, spent in clock.spent.items()},
         }
+
+    def _temperatures(self, step: int, micro_batch: int, chains: int) -> torch.Tensor | None:
+        """Of every chain [N], drawn uniformly from the configured range by seed and step alone; None for the one of all."""
+        config, accelerator = self.config, self.accelerator
+        if not config.temperature_high:
+            return None
+        place = (step * accelerator.num_processes + accelerator.process_index) * config.accumulate + micro_batch
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place)
+        drawn = torch.empty(chains).uniform_(config.temperature_low, config.temperature_high, generator=generator)
+        return drawn.to(accelerator.device)
 
     def _evaluate(self) -> Acceptance:
         """Every process does the same: the held-out set is small, and nobody has to wait for the result."""

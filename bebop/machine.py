@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate import Accelerator
 
 
 def native_bf16(device: torch.device) -> bool:
@@ -17,13 +16,18 @@ def native_bf16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of backbone and head: "bf16", "fp32", or "auto", bf16 where the device is made for it."""
+    return torch.bfloat16 if name == "bf16" or (name == "auto" and native_bf16(device)) else torch.float32
+
+
+def use_all_cores(device: torch.device, processes: int = 1) -> None:
     """`accelerate launch` sets OMP_NUM_THREADS=1 unless told otherwise, which halves a run on two cores.
 
     To use fewer, restrict the process (taskset, a container), which this respects.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and torch.get_num_threads() < cores:
+    if device.type == "cpu" and processes == 1 and torch.get_num_threads() < cores:
         torch.set_num_threads(cores)
 
 
