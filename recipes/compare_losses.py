@@ -26,6 +26,7 @@ from bebop.errors import InputError
 from bebop.evaluation.acceptance import chain_statistics_at
 from bebop.evaluation.comparison import (
     Compared,
+    details_table,
     differences_table,
     lengths_table,
     lines_over_sets,
@@ -99,15 +100,19 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
     use_all_cores(device)
     material = Material.load(config, device)
     held_out = {path.stem: _read_held_out(path, config, material) for path in arguments.held_out}
-    runs = {o: [variant(config, o, seed, arguments) for seed in range(arguments.seeds)] for o in arguments.objectives}
+    objectives = list(arguments.objectives)
+    if COLD_START in objectives and (origin := head_for(material.backbone, config.head)[1]) != "cold start":
+        print(f"{COLD_START!r} is left out: the head starts from {origin}, which has no cold start")
+        objectives.remove(COLD_START)
+    runs = {o: [variant(config, o, seed, arguments) for seed in range(arguments.seeds)] for o in objectives}
     # Seed by seed, so that all objectives can be compared early.
-    ordered = [(o, runs[o][seed]) for seed in range(arguments.seeds) for o in arguments.objectives]
+    ordered = [(o, runs[o][seed]) for seed in range(arguments.seeds) for o in objectives]
     for number, (objective, run) in enumerate(ordered, start=1):
         if not (Path(run.output) / "report.json").exists():
             print(f"== run {number} of {len(ordered)}: {objective}, seed {run.seed}")
             train(run, material)
     states: dict[str, StateCache] = {}
-    for number, (objective, run) in enumerate(ordered, start=1):
+    for number, (_, run) in enumerate(ordered, start=1):
         _measure(f"head {number} of {len(ordered)}", run, material, held_out, states)
     _report(arguments, config, material, held_out, runs)
 
@@ -202,6 +207,7 @@ def _report(
             + [differences_table(f"{name}: the order of arXiv 2606.12370", ordering[name]) for name in names],
             [("accept_length", "Accept length; bars: 95 percent intervals.", plot_lengths(described))],
         ),
+        Section("Details", [], [details_table(name, described[name]) for name in names]),
         Section(
             "Acceptance against entropy",
             ["The first seed's heads on all sets together; slopes in the figure are least squares over positions.", remark],

@@ -49,7 +49,9 @@ def test_objectives_are_compared_from_one_start_and_again_without_training(argum
     before = {json.dumps(r[0] | {"step": 0}) for r in runs.values()}
     assert len(before) == 1, "heads do not start alike"
     for seed in (0, 1):
-        chains = {tuple(x["chains"] for x in r if x["kind"] == "training") for n, r in runs.items() if n.endswith(f"-{seed}")}
+        chains = {
+            tuple(x["chains"] for x in r if x["kind"] == "training") for n, r in runs.items() if n.endswith(f"-{seed}")
+        }
         assert len(chains) == 1, "batches differ"
     phases = [r["objective"] for r in runs["lk_hybrid-then-e2e_tv-seed-0"] if r["kind"] == "training"]
     assert phases == ["lk_hybrid"] * 2 + ["e2e_tv"] * 3

@@ -34,7 +34,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
         prompts = torch.randint(3, 131, (48, 4), generator=generator).tolist()
         texts = speculative_decode(head, backbone, prompts, steps=2, max_tokens=60, temperature=temperature).texts
         header = RolloutHeader(str(model), tokenizer_hash(tokenizer), VOCABULARY, temperature)
-        rollouts = [Rollout(p, t, "length", ("math", "code")[i % 2]) for i, (p, t) in enumerate(zip(prompts, texts, strict=True))]
+        rollouts = [
+            Rollout(p, t, "length", ("math", "code")[i % 2]) for i, (p, t) in enumerate(zip(prompts, texts, strict=True))
+        ]
         found[str(temperature)] = directory / f"at-{temperature}.jsonl"
         write_rollouts(found[str(temperature)], header, rollouts)
     return found
@@ -58,7 +60,8 @@ def test_report_holds_what_was_found(files, tmp_path):
     sampled = one["rules"]["rejection_sampling"]
     assert [value for value, _, _ in sampled["alpha"]] == pytest.approx(expected.alpha, abs=1e-5)
     assert sampled["accept_length_realised"][0] == pytest.approx(expected.accept_length, abs=1e-5)
-    assert one["rules"]["target_only"]["accept_length_realised"][0] == pytest.approx(expected.accept_length_target_only, abs=1e-5)
+    greedy = one["rules"]["target_only"]
+    assert greedy["accept_length_realised"][0] == pytest.approx(expected.accept_length_target_only, abs=1e-5)
     assert set(one["by_source"]) == {"math", "code"}
     assert set(result["over_sets"]) == {"rejection_sampling", "target_only"}
     change = [row["rules"]["rejection_sampling"]["served"][-1]["accept_length"][0] for row in result["sets"].values()]
@@ -100,7 +103,7 @@ def test_several_temperatures_in_one_run(files, tmp_path, caplog):
         ({"rollouts": [Path("nowhere.jsonl")]}, "rollout file nowhere.jsonl does not exist"),
         ({"backbone": ["a", "b"]}, "2 for 1 rollout files"),
         ({"steps": 0}, "--steps is 0, expected 1 or more"),
-        ({"steps": 200}, "no response is long enough"),
+        ({"steps": 200}, "the longest response has 60 tokens, too few for 200 draft steps"),
         ({"temperatures": [0.0]}, "expected numbers above 0"),
         ({"cost_ratio": -1.0}, "expected numbers above 0"),
         ({"checkpoints": 2}, "--checkpoints 2 with 1 rollout files"),
@@ -130,6 +133,10 @@ def test_rollouts_of_another_tokenizer_or_without_texts_are_refused(files, tmp_p
     write_rollouts(tmp_path / "other.jsonl", header, rollouts)
     with pytest.raises(InputError, match="another tokenizer"):
         run_study(make_study(files, tmp_path, rollouts=[tmp_path / "other.jsonl"]))
+    header.temperature = 0.0
+    write_rollouts(tmp_path / "greedy.jsonl", header, rollouts)
+    with pytest.raises(InputError, match=r"was sampled at temperature 0\.0"):
+        run_study(make_study(files, tmp_path, rollouts=[tmp_path / "greedy.jsonl"]))
     write_rollouts(tmp_path / "empty.jsonl", header, [])
     with pytest.raises(InputError, match="no rollouts"):
         run_study(make_study(files, tmp_path, rollouts=[tmp_path / "empty.jsonl"]))

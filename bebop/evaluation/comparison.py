@@ -92,23 +92,32 @@ def lines_over_sets(sets: Sequence[Compared], objective: str) -> dict[str, Any]:
 def lengths_table(title: str, described: Mapping[str, Any], baseline: str) -> Table:
     """A row an objective, the longest accept length under rejection sampling first."""
     rows = []
-    ranked = sorted(described, key=lambda name: -described[name]["rejection_sampling"]["accept_length"].value)
-    for objective in ranked:
-        one = described[objective]
+    for objective in _ranked(described):
         cells = [objective]
         for rule in RULES:
-            seeds = one[rule]["of_each_seed"]
-            cells += [
-                str(one[rule]["accept_length"]),
-                _signed(one[rule]["difference"]) if objective != baseline else "",
-                f"{min(seeds):.3f} to {max(seeds):.3f}",
-            ]
-        alpha = " ".join(f"{a.value:.3f}" for a in one["rejection_sampling"]["alpha"])
-        rows.append([*cells, alpha, f"{one['kl'].value:.3f}"])
+            one = described[objective][rule]
+            cells += [str(one["accept_length"]), _signed(one["difference"]) if objective != baseline else ""]
+        rows.append(cells)
     columns = ["objective"]
-    for title_of_rule in RULE_TITLES.values():
-        columns += [f"accept length, {title_of_rule}", f"less that of {baseline}", "seeds"]
-    return Table(title, [*columns, "alpha of drafts 1..K", "KL of draft 1, nats"], rows)
+    for rule_title in RULE_TITLES.values():
+        columns += [f"accept length, {rule_title}", f"less that of {baseline}"]
+    return Table(title, columns, rows)
+
+
+def details_table(title: str, described: Mapping[str, Any]) -> Table:
+    rows = []
+    for objective in _ranked(described):
+        one = described[objective]
+        sampled, greedy = (one[rule] for rule in RULES)
+        alpha = " ".join(f"{a.value:.3f}" for a in sampled["alpha"])
+        seeds = [" ".join(f"{x:.3f}" for x in of_rule["of_each_seed"]) for of_rule in (sampled, greedy)]
+        rows.append([objective, *seeds, alpha, f"{one['kl'].value:.3f}"])
+    columns = ["objective", *(f"accept length of each seed, {t}" for t in RULE_TITLES.values())]
+    return Table(title, [*columns, "acceptance of drafts 1..K", "KL of draft 1, nats"], rows)
+
+
+def _ranked(described: Mapping[str, Any]) -> list[str]:
+    return sorted(described, key=lambda name: -described[name]["rejection_sampling"]["accept_length"].value)
 
 
 def differences_table(title: str, differences: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -161,8 +170,8 @@ def plot_against_entropy(averages: Mapping[str, Resampled]) -> Figure:
             with_intervals(axes, x, [row["rules"][rule]["alpha"] for row in rows], marker + style, color, label)
         axes.set(xlabel="target's entropy, nats (mean of the bin)", ylabel="acceptance probability of the first draft")
         axes.set(title=RULE_STYLES[rule][2])
-        axes.set_ylim(bottom=0)
         axes.legend(fontsize="small")
+    figure.axes[0].set_ylim(bottom=0)  # of both
     return figure
 
 

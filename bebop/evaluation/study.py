@@ -100,6 +100,8 @@ def run_study(study: Study) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_all_cores(device)
     files = [(path, *read_rollouts(path)) for path in study.rollouts]
+    for path, header, rollouts in files:
+        _check_texts(study, path, header, rollouts)
     names = _names(study.rollouts)
     scored: list[_Scored] = []
     backbone, head, cost_ratio = None, None, study.cost_ratio
@@ -107,19 +109,34 @@ def run_study(study: Study) -> dict[str, Any]:
         if backbone is None or len(study.backbone) > 1:
             backbone = Backbone.load(study.backbone[i], compute_dtype(study.dtype, device), device)
             head, _ = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
+            cost_ratio = cost_ratio or weights_ratio(head, backbone)
+            for its_path, its_header, its_rollouts in files[i : i + 1] if len(study.backbone) > 1 else files:
+                check_rollouts(
+                    its_path,
+                    its_header,
+                    its_rollouts,
+                    vocab_size=len(backbone.lm_head_weight),
+                    tokenizer=load_tokenizer(backbone.directory),
+                    max_length=backbone.max_length,
+                )
         assert head is not None
-        cost_ratio = cost_ratio or weights_ratio(head, backbone)
-        check_rollouts(
-            path,
-            header,
-            rollouts,
-            vocab_size=len(backbone.lm_head_weight),
-            tokenizer=load_tokenizer(backbone.directory),
-            max_length=backbone.max_length,
-        )
         scored += _score(study, name, path, header, rollouts, head, backbone)
     assert cost_ratio is not None
     return _write(study, scored, cost_ratio)
+
+
+def _check_texts(study: Study, path: Path, header: RolloutHeader, rollouts: list[Rollout]) -> None:
+    assert study.steps is not None
+    if (longest := max(len(r.response_ids) for r in rollouts)) <= study.steps:
+        raise InputError(
+            f"{path}: the longest response has {longest} tokens, too few for {study.steps} draft steps, which take "
+            f"{study.steps + 1}; use longer responses or fewer steps"
+        )
+    if not study.temperatures and not header.temperature > 0:
+        raise InputError(
+            f"{path} was sampled at temperature {header.temperature}, at which acceptance is not a matter of probability; "
+            "give --temperatures to score it at others"
+        )
 
 
 def weights_ratio(head: MTPHead, backbone: Backbone) -> float:

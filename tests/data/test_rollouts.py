@@ -46,6 +46,7 @@ def _record(**changes):
         (["HEADER", _record(response_ids=[True])], r":2: response_ids has an id"),
         ([json.dumps({"bebop_rollouts": 1, **vars(HEADER)} | {"vocab_size": "50"}), _record()], r":1: vocab_size is '50'"),
         (["HEADER", "[1, 2]"], r":2: expected a JSON object"),
+        (["HEADER", _record(source=3)], r":2: source is 3, expected a string"),
         (['{"bebop_rollouts": 1, "model": "m"}', _record()], r":1: the header does not fit"),
     ],
 )

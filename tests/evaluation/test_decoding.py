@@ -79,17 +79,25 @@ def test_greedy_text_is_that_of_generate(kind, rule, tmp_path):
         assert text == alone[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3_5_text", "qwen3_next"])
-def test_counts_are_the_predicted_ones(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("qwen2", "rejection_sampling"),
+        ("qwen2", "target_only"),
+        ("qwen3_5_text", "rejection_sampling"),
+        ("qwen3_next", "rejection_sampling"),
+    ],
+)
+def test_counts_are_the_predicted_ones(kind, rule, tmp_path):
     """Decoder and evaluator share no code of the unroll: caches here, a mask over all anchors there."""
     steps = 3
     head, backbone = make_pair(tmp_path, kind, vocab_size=13)
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randint(0, 13, (96, 6), generator=generator).tolist()
-    decoded = speculative_decode(head, backbone, prompts, steps=steps, max_tokens=100, temperature=1.0)
+    decoded = speculative_decode(head, backbone, prompts, steps=steps, max_tokens=100, temperature=1.0, rule=rule)
     texts = [Rollout(p, t) for p, t in zip(prompts, decoded.texts, strict=True)]
     predicted = predict_engine_counts(
-        chain_statistics_of(head, backbone, texts, steps=steps, temperature=1.0, compute_dtype=torch.float32)
+        chain_statistics_of(head, backbone, texts, steps=steps, temperature=1.0, compute_dtype=torch.float32), rule
     )
     assert decoded.rounds > 3000
     for j in range(steps):

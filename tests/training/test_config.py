@@ -33,6 +33,8 @@ def test_resolved_configuration_reads_back(tmp_path):
         ([*NEEDED, "--temperature", "0"], "temperature is 0.0, expected a number above 0"),
         ([*NEEDED, "--loss", "e2etv"], "loss: 'e2etv' is no objective; expected one of e2e_tv, realised_e2e_tv"),
         ([*NEEDED, "--held_out_share", "1"], "held_out_share is 1.0"),
+        ([*NEEDED, "--temperature_low", "0.5"], "temperature_low and temperature_high are 0.5 and 0.0"),
+        ([*NEEDED, "--temperature_low", "1", "--temperature_high", "0.5"], "expected 0 < low <= high"),
         ([*NEEDED, "--cold_start_steps", "5", "--max_steps", "4"], "cold_start_steps is 5, more than max_steps"),
         (["--backbone", "b"], "rollouts is not set"),
         (["--config", "nothing.yaml"], "nothing.yaml does not exist"),

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from bebop.backbone import Backbone
 from bebop.errors import InputError
 from bebop.heads.loading import head_for, native_state_dict, read_head
+from bebop.losses import E2ETVLoss
 from bebop.training.config import TrainConfig
-from bebop.training.trainer import train
+from bebop.training.trainer import Material, train
 from tests.rollouts import write_tiny_rollouts
 from tests.tiny_models import make_checkpoint
 
@@ -105,13 +106,13 @@ def test_accumulated_micro_batches_normalise_over_the_whole_step(tmp_path):
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
 
 
-@pytest.mark.parametrize("cache_states", [False, True])
-def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(cache_states, tmp_path):
-    config = make_config(tmp_path, "qwen2", cache_states=cache_states)
+@pytest.mark.parametrize("options", [{}, {"cache_states": True}, {"temperature_low": 0.5, "temperature_high": 1.5}])
+def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(options, tmp_path):
+    config = make_config(tmp_path, "qwen2", **options)
     train(config)
     whole, metrics = trained(config), records(config, "training")
 
-    stopped = make_config(tmp_path / "again", "qwen2", cache_states=cache_states)
+    stopped = make_config(tmp_path / "again", "qwen2", **options)
     stopped.backbone, stopped.rollouts = config.backbone, config.rollouts
     train(stopped)
     run = Path(stopped.output)
@@ -125,6 +126,39 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(cache_states, tmp_
     again = trained(stopped)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert [r["loss"] for r in records(stopped, "training")] == [r["loss"] for r in metrics]
+
+
+def test_temperatures_of_chains_are_drawn_from_the_range_and_evaluation_keeps_its_own(tmp_path, monkeypatch):
+    seen = []
+    forward = E2ETVLoss.forward
+    monkeypatch.setattr(E2ETVLoss, "forward", lambda *a, **k: seen.append(k["temperature"]) or forward(*a, **k))
+    config = make_config(tmp_path, "qwen2", max_steps=3, temperature_low=0.5, temperature_high=1.5)
+    train(config)
+    drawn = torch.cat(seen)
+    assert len(seen) == 3
+    assert not torch.equal(seen[0][:50], seen[1][:50])
+    assert 0.5 <= drawn.min() < 0.6
+    assert 1.4 < drawn.max() <= 1.5
+    plain = make_config(tmp_path / "plain", "qwen2", max_steps=3)
+    train(plain)
+    assert seen[3:] == [None] * 3
+    assert records(config, "evaluation")[0] == records(plain, "evaluation")[0]
+
+
+def test_runs_that_share_model_and_data_end_as_runs_alone(tmp_path):
+    options = {"max_steps": 3, "cache_states": True}
+    alone = make_config(tmp_path, "qwen2", **options)
+    train(alone)
+    first, second = (
+        dataclasses.replace(alone, output=str(tmp_path / name), loss=loss) for name, loss in (("a", "ce"), ("b", "e2e_tv"))
+    )
+    material = Material.load(first, torch.device("cpu"))
+    train(first, material)
+    states = material.train_states
+    train(second, material)
+    assert material.train_states is states, "computed anew"
+    assert all(torch.equal(tensor, trained(second)[name]) for name, tensor in trained(alone).items())
+    assert any(not torch.equal(tensor, trained(first)[name]) for name, tensor in trained(alone).items())
 
 
 def test_interrupt_leaves_a_checkpoint_to_go_on_from(config, tmp_path):
