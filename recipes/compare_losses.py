@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
 from bebop.backbone import load_tokenizer
-from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts, read_rollouts
+from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts, digest, read_rollouts
 from bebop.data.states import StateCache
 from bebop.errors import InputError
 from bebop.evaluation.acceptance import chain_statistics_at
@@ -87,8 +88,8 @@ def variant(config: TrainConfig, objective: str, seed: int, arguments: argparse.
 def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
     if unknown := set(arguments.objectives) - set(OBJECTIVES):
         raise InputError(f"--objectives has {sorted(unknown)}; expected some of: {'; '.join(OBJECTIVES)}")
-    if arguments.baseline not in arguments.objectives:
-        raise InputError(f"--baseline {arguments.baseline!r} is not among the objectives: {'; '.join(arguments.objectives)}")
+    if len({path.stem for path in arguments.held_out}) < len(arguments.held_out):
+        raise InputError("--held-out has files of the same name; results are kept by name, rename one")
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}, expected 1 or more")
     low, high = arguments.range
@@ -104,9 +105,13 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
     if COLD_START in objectives and (origin := head_for(material.backbone, config.head)[1]) != "cold start":
         print(f"{COLD_START!r} is left out: the head starts from {origin}, which has no cold start")
         objectives.remove(COLD_START)
+    if arguments.baseline not in objectives:
+        raise InputError(f"--baseline {arguments.baseline!r} is not among the objectives: {'; '.join(objectives)}")
     runs = {o: [variant(config, o, seed, arguments) for seed in range(arguments.seeds)] for o in objectives}
     # Seed by seed, so that all objectives can be compared early.
     ordered = [(o, runs[o][seed]) for seed in range(arguments.seeds) for o in objectives]
+    for _, run in ordered:
+        _check_earlier(run)
     for number, (objective, run) in enumerate(ordered, start=1):
         if not (Path(run.output) / "report.json").exists():
             print(f"== run {number} of {len(ordered)}: {objective}, seed {run.seed}")
@@ -115,6 +120,18 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
     for number, (_, run) in enumerate(ordered, start=1):
         _measure(f"head {number} of {len(ordered)}", run, material, held_out, states)
     _report(arguments, config, material, held_out, runs)
+
+
+def _check_earlier(run: TrainConfig) -> None:
+    """A run that is there, whole or in part, must be the run that is wanted."""
+    path = Path(run.output) / "config.yaml"
+    if not path.exists():
+        return
+    there, wanted = yaml.safe_load(path.read_text()), asdict(run)
+    if other := [key for key in wanted if key != "resume" and there.get(key) != wanted[key]]:
+        found = ", ".join(f"{key} {there.get(key)!r}" for key in other)
+        asked = ", ".join(f"{key} {wanted[key]!r}" for key in other)
+        raise InputError(f"{run.output} was trained with {found}, now asked for {asked}; choose another output")
 
 
 def _read_held_out(path: Path, config: TrainConfig, material: Material) -> tuple[RolloutHeader, list[Rollout]]:
@@ -134,8 +151,8 @@ def _read_held_out(path: Path, config: TrainConfig, material: Material) -> tuple
     return header, rollouts
 
 
-def _sums_file(run: TrainConfig, name: str) -> Path:
-    return Path(run.output) / f"measured-{name}.safetensors"
+def _sums_file(run: TrainConfig, name: str, rollouts: list[Rollout]) -> Path:
+    return Path(run.output) / f"measured-{name}-{digest(rollouts)}.safetensors"
 
 
 def _measure(
@@ -146,7 +163,7 @@ def _measure(
     states: dict[str, StateCache],
 ) -> None:
     """Sums of a run's head on every held-out set, each kept in a file of the run."""
-    missing = [name for name in held_out if not _sums_file(run, name).exists()]
+    missing = [name for name, (_, rollouts) in held_out.items() if not _sums_file(run, name, rollouts).exists()]
     if not missing:
         return
     head, _ = head_for(material.backbone, str(Path(run.output) / "head"))
@@ -168,7 +185,7 @@ def _measure(
             progress=f"{title}, {name}",
         ):
             add_measures(sums, stats)
-        sums.save(_sums_file(run, name))
+        sums.save(_sums_file(run, name, rollouts))
 
 
 def _report(
@@ -179,7 +196,10 @@ def _report(
     runs: dict[str, list[TrainConfig]],
 ) -> None:
     output, names, steps = Path(config.output), list(held_out), config.draft_steps
-    sums = {n: {o: [DocumentSums.load(_sums_file(r, n)) for r in of] for o, of in runs.items()} for n in names}
+    sums = {
+        n: {o: [DocumentSums.load(_sums_file(run, n, rollouts)) for run in of] for o, of in runs.items()}
+        for n, (_, rollouts) in held_out.items()
+    }
     sets = {name: Compared(sums[name], steps) for name in names}
     described = {name: one.describe(arguments.baseline) for name, one in sets.items()}
     ordering = {name: one.differences(PAPER_ORDER) for name, one in sets.items()}

@@ -77,13 +77,17 @@ def test_objectives_are_compared_from_one_start_and_again_without_training(argum
     removed = output / "runs" / "ce-seed-1"
     changed = (removed / "head" / "head.safetensors").stat().st_mtime_ns
     kept = {n: (output / "runs" / n / "report.json").stat().st_mtime_ns for n in runs}
-    (output / "runs" / "e2e_tv-seed-0" / "measured-at-0.7.safetensors").unlink()
+    next((output / "runs" / "e2e_tv-seed-0").glob("measured-at-0.7-*.safetensors")).unlink()
     again = compare(arguments)
     assert again.returncode == 0, again.stderr
     assert "== run" not in again.stdout
     assert changed == (removed / "head" / "head.safetensors").stat().st_mtime_ns
     assert kept == {n: (output / "runs" / n / "report.json").stat().st_mtime_ns for n in runs}
     assert json.loads((output / "comparison.json").read_text()) == result
+
+    other = compare([*arguments, "--learning_rate", "1e-3"])
+    assert other.returncode == 1
+    assert "was trained with learning_rate 0.003, now asked for learning_rate 0.001; choose another output" in other.stderr
 
 
 def test_what_cannot_be_compared_is_one_line(arguments, tmp_path):
@@ -95,6 +99,7 @@ def test_what_cannot_be_compared_is_one_line(arguments, tmp_path):
         ("--held-out", "nowhere.jsonl"): "rollout file nowhere.jsonl does not exist",
         ("--objectives", "mse"): "--objectives has ['mse']",
         ("--objectives", "e2e_tv"): "--baseline 'ce' is not among the objectives",
+        ("--held-out", str(tmp_path / "at-0.7.jsonl"), str(tmp_path / "copy" / "at-0.7.jsonl")): "files of the same name",
         ("--seeds", "0"): "--seeds is 0",
         ("--range", "1.0", "0.5"): "--range is 1.0 0.5",
         ("--learning_rat", "1"): "unknown option '--learning_rat'",

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,10 +69,10 @@ class Study:
         for name, values in (("temperatures", self.temperatures), ("cost-ratio", [self.cost_ratio or 1.0])):
             if not all(v > 0 for v in values):
                 raise InputError(f"--{name} is {values}, expected numbers above 0")
-        if self.checkpoints and not 2 <= self.checkpoints <= len(self.rollouts):
+        if self.checkpoints and not 2 <= self.checkpoints < len(self.rollouts):
             raise InputError(
                 f"--checkpoints {self.checkpoints} with {len(self.rollouts)} rollout files; expected 2 or more early ones, "
-                "and no more than there are"
+                "and some after them"
             )
         if self.checkpoints and len(self.temperatures) > 1:
             raise InputError("--checkpoints takes one temperature for all files, or each file's own")
@@ -337,9 +338,9 @@ def _over_sets(study: Study, scored: list[_Scored], described: Mapping[str, Any]
 
 
 def _plain(value: Any) -> Any:
-    """For JSON, which has no infinity: the last bin has no upper end."""
+    """For JSON, which has neither infinity (the last bin has no upper end) nor NaN (a resample without chains)."""
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return None if isinstance(value, float) and value == float("inf") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
