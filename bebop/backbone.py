@@ -1,7 +1,9 @@
 """The frozen language model: hidden states at the tap a head family needs, the embedding, and the lm_head."""
 
+import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from bebop.errors import InputError
 from bebop.families import Family, family_of
@@ -18,6 +21,8 @@ from bebop.llama_as_qwen2 import qwen2_config
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model.safetensors.index.json"
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # weights, configs, tokenizers, templates
+_FINGERPRINTED = re.compile(r"(?:model\.|model\.language_model\.|language_model\.model\.)(norm|embed_tokens)\.weight")
 
 
 def resolve_checkpoint(name: str) -> Path:
@@ -31,7 +36,7 @@ def resolve_checkpoint(name: str) -> Path:
         if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
             raise InputError(f"model directory {name!r} does not exist (nor is it a hub id of the form owner/name)")
         try:
-            directory = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+            directory = Path(snapshot_download(name, allow_patterns=_FILES))
         except Exception as error:
             raise InputError(
                 f"model {name!r} is neither a local directory nor could it be fetched from the hub: {_one_line(error)}"
@@ -59,19 +64,46 @@ def read_config(directory: Path) -> Any:
         raise InputError(f"{directory}/config.json cannot be read ({_one_line(error)}); fetch it again") from error
 
 
+def refuse_quantised(config: Any, directory: Path) -> None:
+    """Neither training nor export takes a quantised checkpoint.
+
+    The head is trained against the target's own distribution and embedding; and engines would read its bf16 tensors with
+    the quantisation that config.json announces.
+
+    Raises:
+        InputError: config.json, or its text_config, has a quantization_config.
+    """
+    for part in (config, config.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            raise InputError(f"{directory} is quantised; give the bf16 checkpoint it was made from")
+
+
+def read_weight_map(directory: Path) -> dict[str, str] | None:
+    """Which shard the checkpoint's index names for every tensor; None if there is no index.
+
+    Raises:
+        InputError: the index cannot be read, or is not one.
+    """
+    index = directory / INDEX_FILE
+    if not index.exists():
+        return None
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        if weight_map and all(isinstance(shard, str) for shard in weight_map.values()):
+            return weight_map
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{index} is damaged; fetch it again")
+
+
 def checkpoint_shards(directory: Path) -> list[Path]:
     """The safetensors files that make up the checkpoint: those of its index, or the only one.
 
     Raises:
         InputError: there is none, the index names a file that is not there, or it is damaged.
     """
-    index = directory / INDEX_FILE
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise InputError(f"{index} is damaged; fetch it again") from None
-        shards = [directory / name for name in names]
+    if weight_map := read_weight_map(directory):
+        shards = [directory / name for name in sorted(set(weight_map.values()))]
         if missing := [path.name for path in shards if not path.is_file()]:
             raise InputError(f"{directory} has no {missing[0]}, which its index names; fetch it again")
         return shards
@@ -81,6 +113,25 @@ def checkpoint_shards(directory: Path) -> list[Path]:
     if not shards:
         raise InputError(f"{directory} has no *.safetensors file; convert the checkpoint with save_pretrained first")
     return shards
+
+
+def fingerprint(directory: Path) -> str:
+    """Sixteen hex digits that tell one checkpoint's weights from another's: a hash of final norm and embedding, in bf16.
+
+    Of the embedding the first 1024 rows are enough, and are read in no time.
+
+    Raises:
+        InputError: the checkpoint lacks one of the two.
+    """
+    found = {}
+    for shard in checkpoint_shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():
+                if match := _FINGERPRINTED.fullmatch(name):
+                    found[match[1]] = file.get_slice(name)[:1024].to(torch.bfloat16).view(torch.uint8)
+    if len(found) < 2:
+        raise InputError(f"{directory} has no norm.weight and embed_tokens.weight; is it a language model's checkpoint?")
+    return hashlib.sha256(b"".join(found[name].numpy().tobytes() for name in sorted(found))).hexdigest()[:16]
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
@@ -102,6 +153,28 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
 
 def _one_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def load_model(directory: Path, **options: Any) -> tuple[Any, list[str]]:
+    """transformers' causal language model of a checkpoint, and the names of its tensors that the checkpoint lacks.
+
+    Args:
+        directory: of the checkpoint. A head in it is left alone, and transformers' report of that kept quiet.
+        options: of `from_pretrained`; device_map="meta" matches names and shapes without reading weights.
+
+    Raises:
+        InputError: tensors of another shape than config.json says.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
+    except RuntimeError as error:
+        raise InputError(f"{directory} does not match its config.json: {_one_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model, report = loaded
+    return model, sorted(report["missing_keys"])
 
 
 class Backbone:
@@ -139,14 +212,9 @@ class Backbone:
         directory = resolve_checkpoint(name)
         config = read_config(directory)
         family_of(config.get_text_config())  # refuse before gigabytes are read
-        if getattr(config, "quantization_config", None) is not None:
-            raise InputError(f"{directory} is quantised; train against the bf16 checkpoint it was made from")
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
-        except RuntimeError as error:  # tensors of another shape than config.json says
-            raise InputError(f"{directory} does not match its config.json: {_one_line(error)}") from error
-        model, report = loaded
-        if missing := sorted(report["missing_keys"]):
+        refuse_quantised(config, directory)
+        model, missing = load_model(directory, dtype=dtype)
+        if missing:
             raise InputError(
                 f"{directory} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it again"
             )

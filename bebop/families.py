@@ -27,7 +27,9 @@ class Family:
         tap: which backbone state enters the head, before or after the backbone's final norm.
         zeroes_first_embedding: the engine zeroes the embedding of the pair at position 0.
         announced_by: config.json keys that may hold the number of MTP layers, the one to write first.
-        config_values: further keys of the text config that engines read, to be written as they are.
+        loads_unannounced: engines take the head where config.json has none of those keys.
+        config_values: keys of the text config that engines read, to be written as they are.
+        only_read_by: of the keys written, those that a single program reads, and which.
         architecture: what config.json's `architectures` must say for an engine to see the head; None: the target's own.
         stores_lm_head: lm_head.weight must be in the checkpoint, whether or not it is tied to the embedding.
         engines: those that load the layout.
@@ -47,7 +49,9 @@ class Family:
     tap: Literal["pre_norm", "post_norm"]
     zeroes_first_embedding: bool
     announced_by: tuple[str, ...]
+    loads_unannounced: bool
     config_values: Mapping[str, Any]
+    only_read_by: Mapping[str, str]
     architecture: str | None
     stores_lm_head: bool
     engines: tuple[str, ...]
@@ -57,10 +61,10 @@ class Family:
         name = self.rotary_class if suffix == "RotaryEmbedding" else self.class_prefix + suffix
         return getattr(importlib.import_module(self.modeling), name)
 
-    def announced_layers(self, config: dict[str, Any]) -> int:
-        """Number of MTP layers that a config.json announces, at its top level or in text_config; 0 if it says nothing."""
+    def announced_layers(self, config: dict[str, Any]) -> int | None:
+        """Number of MTP layers that a config.json announces, at its top level or in text_config; None if it says nothing."""
         merged = config | config.get("text_config", {})
-        return next((merged[key] for key in self.announced_by if merged.get(key) is not None), 0)
+        return next((merged[key] for key in self.announced_by if merged.get(key) is not None), None)
 
 
 _QWEN_NAMES: dict[str, Any] = {
@@ -78,6 +82,12 @@ _QWEN_NAMES: dict[str, Any] = {
 }
 # Keys of transformers' own MtpModel, from 5.23 on.
 _TRANSFORMERS_KEYS: dict[str, Any] = {"num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
+_ONLY_READ_BY = {
+    "num_mtp_layers": "transformers",
+    "mtp_layer_types": "transformers",
+    "full_attention_interval": "SGLang",
+    "partial_rotary_factor": "SGLang",
+}
 _QWEN3_5_KEYS: dict[str, Any] = {
     **_TRANSFORMERS_KEYS,
     "mtp_num_hidden_layers": 1,
@@ -91,7 +101,9 @@ QWEN3_5 = Family(
     class_prefix="Qwen3_5",
     rotary_class="Qwen3_5TextRotaryEmbedding",
     announced_by=("mtp_num_hidden_layers", "num_mtp_layers"),
+    loads_unannounced=False,
     config_values=_QWEN3_5_KEYS,
+    only_read_by=_ONLY_READ_BY,
     stores_lm_head=False,
     **_QWEN_NAMES,
 )
@@ -110,8 +122,10 @@ QWEN3_NEXT = Family(
     class_prefix="Qwen3Next",
     rotary_class="Qwen3NextRotaryEmbedding",
     announced_by=("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers"),
-    # The second is what llama.cpp's converter asks for.
+    # Published checkpoints have a head and none of the keys.
+    loads_unannounced=True,
     config_values={**_TRANSFORMERS_KEYS, "num_nextn_predict_layers": 1, "mtp_num_hidden_layers": 1},
+    only_read_by={**_ONLY_READ_BY, "mtp_num_hidden_layers": "llama.cpp"},
     stores_lm_head=True,
     **_QWEN_NAMES,
 )
@@ -132,7 +146,9 @@ MIMO = Family(
     tap="pre_norm",
     zeroes_first_embedding=True,
     announced_by=("num_nextn_predict_layers",),
+    loads_unannounced=False,
     config_values={"num_nextn_predict_layers": 1},
+    only_read_by={},
     architecture="MiMoForCausalLM",
     stores_lm_head=False,
     engines=("vLLM",),
@@ -155,7 +171,7 @@ def family_of(text_config: Any) -> Family:
     """
     model_type = text_config.model_type
     if model_type not in _BY_MODEL_TYPE:
-        reason = " (its MTP path does not exist in unmodified engines)" if model_type == "qwen3" else ""
+        reason = " (no unmodified engine serves it with a head that is not its own)" if model_type == "qwen3" else ""
         raise InputError(
             f"model_type {model_type!r} has no MTP head family here{reason}; supported: {', '.join(_BY_MODEL_TYPE)}"
         )

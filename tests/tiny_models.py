@@ -13,6 +13,8 @@ from transformers import (
     Qwen2Config,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -21,7 +23,7 @@ from transformers import (
 from bebop.backbone import Backbone
 from bebop.families import family_of
 from bebop.heads.head import MTPHead
-from bebop.heads.loading import native_state_dict
+from bebop.heads.loading import native_name, native_state_dict
 from bebop.llama_as_qwen2 import qwen2_config
 
 _COMMON = {
@@ -79,19 +81,31 @@ def make_model(kind: str, seed: int = 0, **overrides) -> PreTrainedModel:
     return model
 
 
-def make_checkpoint(directory: Path, kind: str, seed: int = 0, native_head: bool = False, **overrides) -> Path:
+def make_checkpoint(
+    directory: Path,
+    kind: str,
+    seed: int = 0,
+    native_head: bool = False,
+    announced: bool = True,
+    fused_experts: bool = False,
+    **overrides,
+) -> Path:
     """A checkpoint directory, with a random native head if asked for."""
     model = make_model(kind, seed, **overrides)
     model.save_pretrained(directory)
     if native_head:
-        family = family_of(model.config)
-        head = MTPHead(qwen2_config(model.config) if kind == "llama" else model.config, family)
-        scramble(head, seed + 1)
-        _add_native_head(directory, native_state_dict(head), family.announced_by[0])
+        text = qwen2_config(model.config) if kind == "llama" else model.config
+        _add_native_head(directory, text, seed + 1, announced, fused_experts)
     return directory
 
 
-def _add_native_head(directory: Path, tensors: dict[str, torch.Tensor], key: str) -> None:
+def _add_native_head(directory: Path, text_config, seed: int, announced: bool = True, fused_experts: bool = False) -> None:
+    family = family_of(text_config)
+    head = MTPHead(text_config, family)
+    scramble(head, seed)
+    tensors = native_state_dict(head)
+    if fused_experts:
+        tensors = {native_name(family, name): tensor for name, tensor in head.state_dict().items()}
     # transformers reads no index where a file is called model.safetensors.
     first, second = (directory / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
     (directory / "model.safetensors").rename(first)
@@ -100,23 +114,28 @@ def _add_native_head(directory: Path, tensors: dict[str, torch.Tensor], key: str
         weight_map = dict.fromkeys(f.keys(), first.name) | dict.fromkeys(tensors, second.name)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((directory / "config.json").read_text())
-    text = config.get("text_config", config)
-    text |= {key: 1, "num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
+    if announced:
+        text = config.get("text_config", config)
+        text |= {family.announced_by[0]: 1, "num_mtp_layers": 1, "mtp_layer_types": ["full_attention"]}
     (directory / "config.json").write_text(json.dumps(config))
 
 
-def make_wrapper(directory: Path, text: PreTrainedModel, native_head: bool = False) -> Path:
+_WRAPPERS = {
+    "qwen3_5_text": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe_text": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+}
+
+
+def make_wrapper(directory: Path, text: PreTrainedModel, native_head: bool = False, fused_experts: bool = False) -> Path:
     """A Qwen3.5 text model in the multimodal wrapper that published checkpoints have."""
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config=vision)
-    wrapper = Qwen3_5ForConditionalGeneration(config).float()
+    config_class, model_class = _WRAPPERS[text.config.model_type]
+    wrapper = model_class(config_class(text_config=text.config.to_dict(), vision_config=vision)).float()
     wrapper.model.language_model.load_state_dict(text.model.state_dict())
     wrapper.lm_head.load_state_dict(text.lm_head.state_dict())
     wrapper.save_pretrained(directory)
     if native_head:
-        head = MTPHead(text.config, family_of(text.config))
-        scramble(head, seed=1)
-        _add_native_head(directory, native_state_dict(head), head.family.announced_by[0])
+        _add_native_head(directory, text.config, seed=1, fused_experts=fused_experts)
     return directory
 
 

@@ -32,18 +32,18 @@ class Decoded:
 
     Attributes:
         texts: new tokens of each prompt.
-        rounds: rounds of K drafts; those that the end of a text leaves no room for, or cuts short, are not counted.
-        accepted: in how many of them draft j = 1..K was accepted.
+        rounds: of draft j = 1..K, the rounds whose text has room for it, whether or not a draft before it was refused.
+        accepted: in how many of them draft j was accepted.
     """
 
     texts: list[list[int]]
-    rounds: int
+    rounds: list[int]
     accepted: list[int]
 
     @property
     def acceptance(self) -> list[float]:
         """Share of rounds in which draft j was accepted, as engines report it."""
-        return [count / self.rounds for count in self.accepted]
+        return [accepted / rounds for accepted, rounds in zip(self.accepted, self.rounds, strict=True)]
 
     @property
     def accept_length(self) -> float:
@@ -68,7 +68,7 @@ def speculative_decode(
     """Write a text for every prompt, all at once, with drafts of the head.
 
     Args:
-        head, backbone: the pair, in one dtype.
+        head, backbone: the pair; each computes in its own dtype.
         prompts: token ids; of any lengths.
         steps: K, drafts a round.
         max_tokens: new tokens of a text.
@@ -79,8 +79,13 @@ def speculative_decode(
         progress: what to call this on a progress bar; no bar if None.
 
     Raises:
-        InputError: an unknown rule, an empty prompt, texts longer than the model takes, or none long enough for a round.
+        InputError: an unknown rule, no steps, a negative temperature, an empty prompt, texts longer than the model takes, or
+            none long enough for a round.
     """
+    if steps < 1:
+        raise InputError(f"steps is {steps}, expected 1 or more")
+    if not temperature >= 0:
+        raise InputError(f"temperature is {temperature}, expected a number above 0, or 0 for greedy texts")
     if rule not in VERIFICATION_RULES:
         raise InputError(f"unknown verification rule {rule!r}; expected one of {', '.join(VERIFICATION_RULES)}")
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -92,9 +97,13 @@ def speculative_decode(
         raise InputError(f"max_tokens = {max_tokens} leaves no room for a round of {steps} drafts; raise it to {steps + 2}")
     decoder = _Decoder(head, backbone, prompts, steps, temperature, rule, seed)
     texts = decoder.write(max_tokens, stop, progress)
-    if decoder.rounds == 0:
-        raise InputError(f"no text was long enough for a round of {steps} drafts")
-    return Decoded(texts, decoder.rounds, decoder.accepted.tolist())
+    lengths = torch.tensor([len(text) for text in texts], device=backbone.device)
+    rows, started, accepted = torch.cat(decoder.rounds, dim=1)
+    room = lengths[rows] - started
+    rounds = [int((room >= j).sum()) for j in range(1, steps + 1)]
+    if rounds[-1] == 0:
+        raise InputError(f"no text was long enough for a round of {steps} drafts; decode more prompts, or fewer steps")
+    return Decoded(texts, rounds, [int((accepted >= j).sum()) for j in range(1, steps + 1)])
 
 
 class _Decoder:
@@ -130,10 +139,10 @@ class _Decoder:
         self.draft_probabilities = torch.zeros(size, steps, len(backbone.lm_head_weight), device=device)
         # Which draft the next pass judges: 0..K-1, K for the token behind the last one, -1 before the first round.
         self.pending = torch.full((size,), -1, device=device)
-        self.counts = torch.zeros(size, dtype=torch.bool, device=device)  # whether the text has room for this round
+        self.started = torch.zeros_like(self.pending)  # tokens that were written when the round began
         self.done = torch.zeros(size, dtype=torch.bool, device=device)
-        self.rounds = 0
-        self.accepted = torch.zeros(steps, dtype=torch.long, device=device)
+        # Of rounds that ended: the row, `started`, and the number of accepted drafts; [3, n] of every pass.
+        self.rounds: list[Tensor] = []
 
     def write(self, max_tokens: int, stop: Sequence[int], progress: str | None) -> list[list[int]]:
         ends = torch.tensor(list(stop), dtype=torch.long, device=self.tokens.device)
@@ -142,15 +151,15 @@ class _Decoder:
             states = self.backbone.decode(self.tokens, self.positions, self.real, self.backbone_cache)
             emitted, accepted = self._judge(self._probabilities(self.backbone.target_hidden(states[:, -1])))
             columns.append(emitted)
-            self._count_rounds_that_end(~accepted)
             ending = ~self.done & torch.isin(emitted, ends)
             lengths[ending] = written
+            self._end_rounds(~accepted | ending | (written == max_tokens), accepted)
             self.done |= ending
             if written == max_tokens or bool(self.done.all()):
                 break
             first = self._feed_head(states, emitted)
             self.pending += accepted
-            self._draft((~accepted & ~self.done).nonzero().squeeze(1), first, max_tokens - written > self.steps)
+            self._draft((~accepted & ~self.done).nonzero().squeeze(1), first, written)
             self.tokens, self.positions = emitted.unsqueeze(1), self.positions[:, -1:] + 1
             self.real = torch.cat([self.real, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
         rows = torch.stack(columns, dim=1).tolist()
@@ -179,12 +188,10 @@ class _Decoder:
         remainder = torch.where(has_draft.unsqueeze(1), (target - proposed).clamp(min=0), target)
         return torch.where(accepted, draft, draw(remainder, self.generator)), accepted
 
-    def _count_rounds_that_end(self, ends: Tensor) -> None:
-        counted = ends & self.counts & ~self.done & (self.pending >= 0)
-        self.rounds += int(counted.sum())
-        # The draft that was pending is the first that was not accepted.
-        reached = self.pending.unsqueeze(1) > torch.arange(self.steps, device=ends.device)
-        self.accepted += (reached & counted.unsqueeze(1)).sum(0)
+    def _end_rounds(self, ends: Tensor, accepted: Tensor) -> None:
+        rows = (ends & ~self.done & (self.pending >= 0)).nonzero().squeeze(1)
+        # The drafts before the pending one were accepted.
+        self.rounds.append(torch.stack([rows, self.started[rows], (self.pending + accepted)[rows]]))
 
     def _feed_head(self, states: Tensor, emitted: Tensor) -> Tensor:
         """True pairs of the pass into the head's cache: [B, T, d] -> the head's state at the last of them, [B, d]."""
@@ -198,7 +205,7 @@ class _Decoder:
         state = self._step(states, following, self.positions, mask.unsqueeze(1), self.head_cache)
         return state[:, -1]
 
-    def _draft(self, rows: Tensor, first: Tensor, counts: bool) -> None:
+    def _draft(self, rows: Tensor, first: Tensor, written: int) -> None:
         """K drafts for the rows that start a round; `first` is the head's state of step 1 for all rows, [B, d]."""
         if not len(rows):
             return
@@ -218,7 +225,7 @@ class _Decoder:
                 mask = real.unsqueeze(1).unsqueeze(1)
                 hidden = self._step(hidden.unsqueeze(1), token.unsqueeze(1), positions, mask, cache)[:, 0]
         self.pending[rows] = 0
-        self.counts[rows] = counts
+        self.started[rows] = written
 
     def _step(self, states: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
         dtype = self.head.part(self.head.family.projection).weight.dtype

@@ -53,7 +53,7 @@ def acceptance_under(rule: str, stats: ChainStats) -> RuleAcceptance:
 def add_engine_counts(sums: DocumentSums, name: str, stats: ChainStats, rule: str, steps: int) -> None:
     """Add what an engine with `steps` drafts a round counts on these texts.
 
-    `{name}/j`: share of rounds in which draft j is accepted; chains that the end of a text cuts short are left out.
+    `{name}/j`: share of rounds in which draft j is accepted, of those that the text has room for draft j in.
     `{name}/rounds`: target passes of a response.
     """
     if stats.documents is None:
@@ -61,9 +61,10 @@ def add_engine_counts(sums: DocumentSums, name: str, stats: ChainStats, rule: st
     valid = stats.valid[:steps]
     alpha, accepts = (x[:steps] for x in acceptance_under(rule, stats))
     found = rounds(accepted_counts(accepts, valid), valid, stats.documents)
-    starts = torch.where(valid[-1], found.starts, 0.0)
-    for j, reached in enumerate(reach_probability(accepts).double() * alpha.double(), start=1):
-        sums.add(f"{name}/{j}", reached, starts, stats.documents)
+    # Whether there is room depends on nothing but the text before draft j, so alpha_j needs no correction for it.
+    starts = torch.where(valid, found.starts, 0.0)
+    for j, reached in enumerate(reach_probability(accepts).double() * alpha.double()):
+        sums.add(f"{name}/{j + 1}", reached, starts[j], stats.documents)
     _, documents = stats.documents.unique(return_inverse=True)
     chains = valid[0].nonzero().squeeze(1)
     first = torch.zeros_like(valid[0])
@@ -78,7 +79,7 @@ class EngineCounts:
     Attributes:
         acceptance: share of rounds in which draft j is accepted; engines report accepted tokens per position over drafts.
         standard_error: of each, over documents.
-        rounds: expected number of rounds that these rest on.
+        rounds: expected number of rounds.
     """
 
     acceptance: list[float]
@@ -94,7 +95,8 @@ class EngineCounts:
 def predict_engine_counts(batches: Iterable[ChainStats], rule: str = "rejection_sampling") -> EngineCounts:
     """Counters of an engine that serves the head, from chain statistics on texts that the target sampled.
 
-    Chains that the end of a text cuts short are left out; texts should be long against K.
+    A round that the end of a text cuts short counts for the drafts that the text has room for. An engine judges drafts
+    beyond the end too, so texts should be long against K.
 
     Args:
         batches: statistics of whole documents, with `documents` set and -1 for padding.
@@ -113,10 +115,10 @@ def predict_engine_counts(batches: Iterable[ChainStats], rule: str = "rejection_
         here = torch.stack([sums.columns[f"engine/{j + 1}"] for j in range(steps)], dim=1)
         found.append(here[here[:, 0, 1] > 0])
     accepted, started = torch.cat(found).unbind(-1) if found else torch.zeros(2, 0, 1)
-    total = started[:, 0].sum()
-    if not total > 0:
+    total = started.sum(0)
+    if not total[-1] > 0:
         raise InputError("no response is long enough for a whole chain; use longer texts or fewer draft steps")
     share = accepted.sum(0) / total
     # A ratio of sums over documents, linearised.
     spread = (accepted - share * started).pow(2).sum(0).sqrt() / total
-    return EngineCounts(share.tolist(), spread.tolist(), total.item())
+    return EngineCounts(share.tolist(), spread.tolist(), total[0].item())

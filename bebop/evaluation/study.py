@@ -223,7 +223,7 @@ def _decode(
     )
     return {
         "draft_steps": steps,
-        "rounds": decoded.rounds,
+        "rounds": decoded.rounds[0],
         "acceptance": decoded.acceptance,
         "accept_length": decoded.accept_length,
     }

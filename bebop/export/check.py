@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bebop.backbone import INDEX_FILE, read_config
+from bebop.backbone import load_model, read_config, read_weight_map, refuse_quantised
 from bebop.errors import InputError
-from bebop.export.engine_config import completed_config
+from bebop.export.engine_config import DERIVED_KEYS, completed_config
 from bebop.export.serving import serve_commands
 from bebop.families import Family, family_of
 from bebop.heads.head import MTPHead
-from bebop.heads.loading import native_state_dict
+from bebop.heads.loading import native_name, native_state_dict
 
 
 @dataclass
@@ -34,19 +34,35 @@ class Stored:
 
 @dataclass
 class Report:
-    """problems: one line each, naming the tensor or key; empty if engines load the directory as it is meant."""
+    """What stands in the way, one line each, naming the tensor or key.
+
+    Attributes:
+        problems: of every engine; empty if they load the directory as it is meant.
+        problems_of: those of one program alone, by its name.
+    """
 
     directory: Path
     family: Family | None = None
     head_tensors: int = 0
     problems: list[str] = field(default_factory=list)
+    problems_of: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def engines(self) -> list[str]:
+        """The engines that would serve the directory."""
+        if self.problems or self.family is None:
+            return []
+        return [engine for engine in self.family.engines if engine not in self.problems_of]
 
 
-def head_table(text_config: Any, family: Family) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a head in this family's layout."""
+def head_table(text_config: Any, family: Family, fused_experts: bool = False) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a head in this family's layout, experts one by one or fused."""
     with torch.device("meta"):
         head = MTPHead(text_config, family)
-    return {name: tuple(tensor.shape) for name, tensor in native_state_dict(head).items()}
+    tensors = native_state_dict(head)
+    if fused_experts:
+        tensors = {native_name(family, name): tensor for name, tensor in head.state_dict().items()}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def check_export(directory: Path) -> Report:
@@ -58,38 +74,49 @@ def check_export(directory: Path) -> Report:
     report = Report(directory)
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json; expected a directory that recipes/export_mtp.py wrote")
-    text_config = read_config(directory).get_text_config()
+    model_config = read_config(directory)
+    text_config = model_config.get_text_config()
     config = json.loads((directory / "config.json").read_text())
     try:
+        refuse_quantised(model_config, directory)
         report.family = family_of(text_config)
         wanted = completed_config(config, text_config, report.family)
     except InputError as error:
         report.problems.append(str(error))
         return report
-    _check_config(config, wanted, report)
+    _check_config(config, wanted, report.family, report)
     stored = _read_shards(directory, report)
-    _check_head(stored, head_table(text_config, report.family), report)
-    _check_target(stored, text_config, report)
+    readable = not report.problems
+    _check_head(stored, text_config, report.family, report)
+    _check_lm_head(stored, text_config, report.family, report)
+    if readable:
+        _check_target(directory, report)
     return report
 
 
-def _check_config(config: dict[str, Any], wanted: dict[str, Any], report: Report) -> None:
+def _check_config(config: dict[str, Any], wanted: dict[str, Any], family: Family, report: Report) -> None:
     for part, found, expected in (
         ("config.json", config, wanted),
         ("text_config of config.json", config.get("text_config", {}), wanted.get("text_config", {})),
     ):
         for key, value in expected.items():
-            if key != "text_config" and found.get(key) != value:
-                report.problems.append(f"{part} has {key} = {found.get(key)!r}, engines need {value!r}")
+            if key == "text_config" or found.get(key) == value:
+                continue
+            if found.get(key) is None and (
+                key in DERIVED_KEYS or (key in family.announced_by[:1] and family.loads_unannounced)
+            ):
+                continue
+            program = family.only_read_by.get(key)
+            problems = report.problems_of.setdefault(program, []) if program else report.problems
+            problems.append(f"{part} has {key} = {found.get(key)!r}, {program or 'engines'} needs {value!r}")
 
 
 def _read_shards(directory: Path, report: Report) -> dict[str, Stored]:
     """Every tensor of the checkpoint; what index and shards say differently goes into the report."""
-    index = directory / INDEX_FILE
     try:
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-    except (json.JSONDecodeError, KeyError):
-        report.problems.append(f"{INDEX_FILE} is damaged")
+        weight_map = read_weight_map(directory) or {}
+    except InputError as error:
+        report.problems.append(str(error))
         weight_map = {}
     shards = sorted(set(weight_map.values()) | {p.name for p in directory.glob("*.safetensors")})
     stored: dict[str, Stored] = {}
@@ -110,26 +137,25 @@ def _read_shards(directory: Path, report: Report) -> dict[str, Stored]:
                     if weight_map and weight_map.get(name) != shard:
                         report.problems.append(f"{name} is in {shard}, the index says {weight_map.get(name)}")
                     stored[name] = Stored(shard, tuple(part.get_shape()), part.get_dtype())
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             report.problems.append(f"{shard} is damaged or truncated{example}: {error}")
             continue
         report.problems += [f"{name} is not in {shard}, where the index has it" for name in meant if name not in stored]
     return stored
 
 
-def _check_head(stored: dict[str, Stored], table: dict[str, tuple[int, ...]], report: Report) -> None:
-    assert report.family is not None
-    prefix = report.family.prefix
-    head = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
+def _check_head(stored: dict[str, Stored], text_config: Any, family: Family, report: Report) -> None:
+    head = {name: tensor for name, tensor in stored.items() if name.startswith(family.prefix)}
     report.head_tensors = len(head)
+    table = head_table(text_config, family, any(name.endswith("experts.gate_up_proj") for name in head))
     dtypes = [t.dtype for name, t in stored.items() if name.endswith("embed_tokens.weight")]
     if not head:
-        report.problems.append(f"no tensor is named {prefix}*: there is no MTP head in this directory")
+        report.problems.append(f"no tensor is named {family.prefix}*: there is no MTP head in this directory")
         return
     for name in sorted(table.keys() - head.keys()):
         report.problems.append(f"{name} is missing; vLLM leaves a missing Linear weight at its random start, without a word")
     for name in sorted(head.keys() - table.keys()):
-        report.problems.append(f"{name} does not belong to a {report.family.name} head; vLLM refuses unknown tensors")
+        report.problems.append(f"{name} does not belong to a {family.name} head; vLLM refuses unknown tensors")
     for name, shape in table.items():
         if name in head and head[name].shape != shape:
             report.problems.append(f"{name} is {head[name].shape}, config.json makes it {shape}")
@@ -137,14 +163,20 @@ def _check_head(stored: dict[str, Stored], table: dict[str, tuple[int, ...]], re
             report.problems.append(f"{name} is {head[name].dtype}, the target's embedding is {dtypes[0]}")
 
 
-def _check_target(stored: dict[str, Stored], text_config: Any, report: Report) -> None:
-    assert report.family is not None
+def _check_lm_head(stored: dict[str, Stored], text_config: Any, family: Family, report: Report) -> None:
     has_lm_head = any(name.endswith("lm_head.weight") for name in stored)
-    if not has_lm_head and (report.family.stores_lm_head or not text_config.tie_word_embeddings):
-        tied = "is tied, but this family's engines need it stored" if text_config.tie_word_embeddings else "is untied"
-        report.problems.append(f"lm_head.weight is missing; config.json says it {tied}")
-    if not any(name.endswith("embed_tokens.weight") for name in stored):
-        report.problems.append("embed_tokens.weight is missing")
+    if family.stores_lm_head and text_config.tie_word_embeddings and not has_lm_head:
+        report.problems.append("lm_head.weight is missing; it is tied, but this family's engines need it stored")
+
+
+def _check_target(directory: Path, report: Report) -> None:
+    """Let transformers match its model with the checkpoint, without memory for either."""
+    try:
+        _, missing = load_model(directory, device_map="meta")
+    except InputError as error:
+        report.problems.append(str(error))
+        return
+    report.problems += [f"{name} of the target is missing" for name in missing]
 
 
 def main() -> None:
@@ -157,13 +189,16 @@ def main() -> None:
         sys.exit(f"error: {error}")
     for problem in report.problems:
         print(f"problem: {problem}")
-    if report.problems or report.family is None:
-        sys.exit(
-            f"{directory}: problems found ({len(report.problems)}); engines would not draft with this head as it was trained"
-        )
-    print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as its engines expect it\n")
+    for program, problems in report.problems_of.items():
+        for problem in problems:
+            print(f"problem for {program} alone: {problem}")
+    if report.family is None or not report.engines:
+        sys.exit(f"{directory}: problems found; engines would not draft with this head as it was trained")
+    engines = ", ".join(report.engines)
+    print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as {engines} expect it\n")
     for engine, command in serve_commands(report.family, str(directory), draft_steps=3).items():
-        print(f"{engine}:\n    {command}\n")
+        if engine in report.engines:
+            print(f"{engine}:\n    {command}\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from typing import Any
 from bebop.errors import InputError
 from bebop.families import Family
 
+# Written since some engine reads them raw; where they are absent, transformers' config class, which vLLM asks, has the same.
+DERIVED_KEYS = ("layer_types", "rope_parameters")
+
 
 def completed_config(config: dict[str, Any], text_config: Any, family: Family) -> dict[str, Any]:
     """config.json of a target, completed for a checkpoint that holds a head.
@@ -19,7 +22,7 @@ def completed_config(config: dict[str, Any], text_config: Any, family: Family) -
         family: the head's layout.
 
     Raises:
-        InputError: full-attention layers that stand at no regular interval.
+        InputError: the layers with full attention stand at no regular interval.
     """
     config = copy.deepcopy(config)
     text = config.get("text_config", config)
@@ -27,9 +30,13 @@ def completed_config(config: dict[str, Any], text_config: Any, family: Family) -
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types and "linear_attention" in layer_types:
         text["layer_types"] = list(layer_types)
-        interval = layer_types.index("full_attention") + 1
-        if any((kind == "full_attention") != ((i + 1) % interval == 0) for i, kind in enumerate(layer_types)):
-            raise InputError(f"layer_types have full attention at no regular interval, which SGLang needs: {layer_types}")
+        interval = layer_types.index("full_attention") + 1 if "full_attention" in layer_types else len(layer_types) + 1
+        regular = ["linear_attention"] * (interval - 1) + ["full_attention"]
+        if interval > len(layer_types) or list(layer_types) != (regular * len(layer_types))[: len(layer_types)]:
+            raise InputError(
+                f"config.json has full attention at no regular interval ({', '.join(layer_types)}), and SGLang and "
+                "llama.cpp take nothing else; correct layer_types, or train a head for another model"
+            )
         text["full_attention_interval"] = interval
     rope = getattr(text_config, "rope_parameters", None) or {}
     if "partial_rotary_factor" in rope:

@@ -1,6 +1,8 @@
 """Write a directory that an engine serves: the target's files, the head's tensors as one more shard, config and index."""
 
+import itertools
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,8 +14,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils import CHAT_TEMPLATE_DIR
 
-from bebop.backbone import INDEX_FILE, checkpoint_shards, read_config, resolve_checkpoint
+from bebop.backbone import (
+    INDEX_FILE,
+    checkpoint_shards,
+    fingerprint,
+    read_config,
+    refuse_quantised,
+    resolve_checkpoint,
+)
 from bebop.errors import InputError
 from bebop.export.check import check_export
 from bebop.export.engine_config import completed_config
@@ -21,6 +31,11 @@ from bebop.families import family_of
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import load_native, native_state_dict, read_head
 from bebop.llama_as_qwen2 import as_qwen2, qwen2_config
+
+logger = logging.getLogger(__name__)
+
+# Other forms of the target's weights, which do not hold the head.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"}
 
 
 def export_head(head_directory: Path, target: str, output: Path, copy: bool = False) -> dict[str, Any]:
@@ -33,7 +48,7 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
         head_directory: a head that a training run saved.
         target: directory or hub id of the model it was trained for.
         output: must not exist.
-        copy: copy the target's files; else they are hard-linked where the file system allows it.
+        copy: copy the target's weights too; else they are hard-linked where the file system allows it.
 
     Returns:
         the facts in head.json.
@@ -48,13 +63,17 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
     config = read_config(directory)
     text_config = config.get_text_config()
     family = family_of(text_config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{directory} is quantised, and engines would read the head as quantised too; export onto bf16 weights"
-        )
+    refuse_quantised(config, directory)
     if facts.get("family") != family.name:
         raise InputError(f"{head_directory} is a {facts.get('family')} head, the target needs {family.name}")
+    if facts.get("fingerprint") not in (None, fingerprint(directory)):
+        logger.warning(
+            f"{head_directory} was trained for {facts.get('backbone')}, whose weights are not those of {target}; acceptance "
+            "will be lower than measured there"
+        )
     is_llama = text_config.model_type == "llama"
+    if not is_llama:
+        completed_config(json.loads((directory / "config.json").read_text()), text_config, family)  # refuse before writing
     head = MTPHead(qwen2_config(text_config) if is_llama else text_config, family)
     load_native(head, tensors, str(head_directory))
     dtype = _stored_dtype(directory)
@@ -64,18 +83,20 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
+        _take_other_files(directory, partial)
         if is_llama:
             as_qwen2(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)).save_pretrained(partial)
-            _take_files(directory, partial, {p.name for p in directory.glob("*.safetensors")} | {INDEX_FILE}, copy)
         else:
-            _take_files(directory, partial, set(), copy)
+            for shard in checkpoint_shards(directory):
+                _link(shard, partial / shard.name, copy)
         _add_shard(partial, expected, family.prefix)
         written = json.loads((partial / "config.json").read_text())
         text_config = read_config(partial).get_text_config()
-        _replace(partial / "config.json", completed_config(written, text_config, family))
-        if problems := check_export(partial).problems:
+        _write_json(partial / "config.json", completed_config(written, text_config, family))
+        report = check_export(partial)
+        if problems := [*report.problems, *itertools.chain(*report.problems_of.values())]:
             raise InputError(f"{target} cannot be exported with this head: {problems[0]}")
-        _compare(partial, expected)
+        _compare(partial, expected, set() if is_llama else _names(directory, family.prefix))
         partial.rename(output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,17 +114,24 @@ def _stored_dtype(directory: Path) -> torch.dtype:
     raise InputError(f"{directory} holds no embed_tokens.weight; is it a language model's checkpoint?")
 
 
-def _take_files(source: Path, destination: Path, without: set[str], copy: bool) -> None:
+def _link(source: Path, destination: Path, copy: bool) -> None:
+    """A second name for a file, or a copy where one is asked for or the file system has no links."""
+    real = source.resolve()  # hub snapshots are symbolic links
+    try:
+        if copy:
+            raise OSError
+        os.link(real, destination)
+    except OSError:
+        shutil.copy2(real, destination)
+
+
+def _take_other_files(source: Path, destination: Path) -> None:
+    """Copy, as someone may edit them: tokenizer, templates, generation settings; no weights, which the head is not in."""
     for path in source.iterdir():
-        if not path.is_file() or path.name in without or (destination / path.name).exists():
-            continue
-        real = path.resolve()  # hub snapshots are symbolic links
-        try:
-            if copy:
-                raise OSError
-            os.link(real, destination / path.name)
-        except OSError:
-            shutil.copy2(real, destination / path.name)
+        if path.is_dir() and path.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
+        elif path.suffix not in _WEIGHTS and path.name != INDEX_FILE and path.is_file():
+            shutil.copy2(path, destination / path.name)
 
 
 def _add_shard(directory: Path, tensors: Mapping[str, Tensor], prefix: str) -> None:
@@ -113,9 +141,6 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor], prefix: str) -> N
     model.safetensors look at no index.
     """
     shards = [shard for shard in checkpoint_shards(directory) if _without(shard, prefix)]
-    for path in directory.glob("*.safetensors"):  # not of the checkpoint, and engines without index would read them
-        if path not in shards:
-            path.unlink()
     total = len(shards) + 1
     weight_map: dict[str, str] = {}
     size = 0
@@ -124,12 +149,18 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor], prefix: str) -> N
         shard.rename(directory / name)
         with safe_open(directory / name, framework="pt") as file:
             weight_map |= dict.fromkeys(file.keys(), name)
-        size += (directory / name).stat().st_size
+        size += _size_of_tensors(directory / name)
     name = f"model-{total:05d}-of-{total:05d}.safetensors"
     save_file({k: v.contiguous() for k, v in tensors.items()}, directory / name, metadata={"format": "pt"})
     weight_map |= dict.fromkeys(tensors, name)
-    size += sum(t.numel() * t.itemsize for t in tensors.values())
-    _replace(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    size += _size_of_tensors(directory / name)
+    _write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _size_of_tensors(shard: Path) -> int:
+    """Bytes behind the header of a safetensors file, whose length the first eight bytes hold."""
+    with shard.open("rb") as file:
+        return shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
 def _without(shard: Path, prefix: str) -> bool:
@@ -145,14 +176,21 @@ def _without(shard: Path, prefix: str) -> bool:
     return bool(kept)
 
 
-def _replace(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON to a new file: the old one may be a link to the target's."""
-    path.unlink(missing_ok=True)
+def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _compare(directory: Path, expected: Mapping[str, Tensor]) -> None:
-    """Read everything back: the index names every tensor where it is, and the head's tensors hold what was meant."""
+def _names(directory: Path, prefix: str) -> set[str]:
+    """Names of the checkpoint's tensors that are not under prefix."""
+    names: set[str] = set()
+    for shard in checkpoint_shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            names |= {name for name in file.keys() if not name.startswith(prefix)}
+    return names
+
+
+def _compare(directory: Path, expected: Mapping[str, Tensor], kept: set[str]) -> None:
+    """Read everything back: every tensor is where the index has it, the target's are all there, the head's as meant."""
     weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
     found = set()
     for shard in sorted(set(weight_map.values())):
@@ -163,5 +201,5 @@ def _compare(directory: Path, expected: Mapping[str, Tensor]) -> None:
                 if name in expected and not torch.equal(file.get_tensor(name), expected[name]):
                     raise RuntimeError(f"{name} read back from {shard} differs from what was written")
                 found.add(name)
-    if missing := (weight_map.keys() | expected.keys()) - found:
+    if missing := (weight_map.keys() | expected.keys() | kept) - found:
         raise RuntimeError(f"{sorted(missing)[0]} was not written")

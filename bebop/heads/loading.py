@@ -106,6 +106,8 @@ def checkpoint_head_tensors(backbone: Backbone) -> dict[str, Tensor]:
     announced = family.announced_layers(json.loads((directory / "config.json").read_text()))
     tensors = read_native_tensors(directory, family.prefix)
     key = family.announced_by[0]
+    if announced is None:
+        announced = int(bool(tensors) and family.loads_unannounced)
     if announced > 1:
         raise InputError(
             f"{directory}/config.json announces {announced} MTP layers; only 1, re-used for every step, is supported"

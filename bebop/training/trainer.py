@@ -16,7 +16,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from bebop.backbone import Backbone, load_tokenizer
+from bebop.backbone import Backbone, fingerprint, load_tokenizer
 from bebop.data.batches import make_batch
 from bebop.data.rollouts import Rollout, check_rollouts, digest, read_rollouts, split_held_out
 from bebop.data.schedule import schedule
@@ -226,6 +226,7 @@ class _Run:
         if accelerator.is_main_process:
             facts = {
                 "backbone": config.backbone,
+                "fingerprint": fingerprint(self.backbone.directory),
                 "draft_steps": config.draft_steps,
                 "temperature": config.temperature,
                 "loss": config.loss,

@@ -51,6 +51,16 @@ def config(change):
     return lambda d: edit_json(d / "config.json", change)
 
 
+def remove_from_target(directory: Path, name: str) -> None:
+    """From shard and index."""
+    path = directory / "model-00001-of-00002.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    index(lambda m: m.pop(name))(directory)
+
+
 DAMAGE = [
     (tensors(lambda t: t.pop(Q_PROJ)), f"{Q_PROJ} is missing"),
     (tensors(lambda t: t.update({"mtp.stray.weight": t["mtp.norm.weight"].clone()})), "mtp.stray.weight does not belong"),
@@ -62,8 +72,15 @@ DAMAGE = [
     (lambda d: os.truncate(d / LAST, 3000), f"{LAST} is damaged or truncated (mtp."),
     (lambda d: (d / "model-00001-of-00002.safetensors").unlink(), "model-00001-of-00002.safetensors is missing (lm_head"),
     (config(lambda c: c.update(mtp_num_hidden_layers=2)), "mtp_num_hidden_layers = 2"),
-    (config(lambda c: c.pop("full_attention_interval")), "full_attention_interval = None"),
     (config(lambda c: c.update(architectures=[])), "architectures = []"),
+    (config(lambda c: c.update(quantization_config={"quant_method": "fp8"})), "is quantised"),
+    (lambda d: (d / INDEX).write_text("[]"), "model.safetensors.index.json is damaged"),
+    (lambda d: (d / INDEX).write_text('{"weight_map": []}'), "model.safetensors.index.json is damaged"),
+    (
+        lambda d: remove_from_target(d, "model.layers.2.mlp.up_proj.weight"),
+        "model.layers.2.mlp.up_proj.weight of the target is missing",
+    ),
+    (lambda d: remove_from_target(d, "lm_head.weight"), "lm_head.weight of the target is missing"),
 ]
 
 
@@ -76,6 +93,39 @@ def test_what_engines_would_not_say_is_found(exported, damage, message, capsys, 
     with pytest.raises(SystemExit, match="engines would not draft"):
         main()
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["full_attention_interval", "partial_rotary_factor", "num_mtp_layers"])
+def test_what_one_program_lacks_does_not_stop_the_others(exported, key, capsys, monkeypatch):
+    config(lambda c: c.pop(key))(exported)
+    report = check_export(exported)
+    program = "transformers" if key == "num_mtp_layers" else "SGLang"
+    assert report.problems == []
+    assert report.problems_of.keys() == {program}
+    monkeypatch.setattr("sys.argv", ["check", str(exported)])
+    main()
+    said = capsys.readouterr().out
+    assert f"problem for {program} alone: config.json has {key} = None" in said
+    assert "vllm serve" in said
+    assert ("sglang.launch_server" in said) == (program != "SGLang")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("kind", ["qwen3_5_moe_text", "qwen3_next"])
+def test_experts_may_be_stored_fused_or_one_by_one(kind, fused, tmp_path):
+    make_checkpoint(tmp_path, kind, native_head=True, fused_experts=fused)
+    config(lambda c: c.update(mtp_use_dedicated_embeddings=False, attn_output_gate=True))(tmp_path)  # as published
+    assert check_export(tmp_path).problems == []
+
+
+def test_a_published_qwen3_next_checkpoint_needs_no_announcement(tmp_path):
+    """Its config.json has none of the keys that announce a head."""
+    make_checkpoint(tmp_path, "qwen3_next", native_head=True, announced=False)
+    report = check_export(tmp_path)
+    assert report.problems == []
+    assert report.engines == ["vLLM"]
+    config(lambda c: c.update(num_nextn_predict_layers=0))(tmp_path)
+    assert any("num_nextn_predict_layers = 0" in problem for problem in check_export(tmp_path).problems)
 
 
 def test_what_is_no_export_is_said_so(tmp_path, monkeypatch):

@@ -9,16 +9,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import MtpModel
 
-from bebop.backbone import Backbone
+from bebop.backbone import Backbone, fingerprint
 from bebop.errors import InputError
 from bebop.export import writer
 from bebop.export.check import check_export
+from bebop.export.engine_config import completed_config
 from bebop.export.serving import serve_commands, splits_text_differently
 from bebop.export.writer import export_head
-from bebop.families import MIMO
+from bebop.families import MIMO, QWEN3_5
 from bebop.heads.loading import head_for, save_head
 from tests.rollouts import make_tokenizer
-from tests.tiny_models import make_backbone, make_checkpoint, make_model, make_wrapper, scramble
+from tests.tiny_models import CONFIGS, make_backbone, make_checkpoint, make_model, make_wrapper, scramble
 
 
 @pytest.fixture(params=["qwen2", "llama"])
@@ -81,6 +82,45 @@ def test_weights_are_linked_not_copied(tmp_path):
     export_head(tmp_path / "head", str(target), tmp_path / "export")
     first = tmp_path / "export" / "model-00001-of-00002.safetensors"
     assert os.path.samefile(first, target / "model.safetensors")
+
+
+def test_what_someone_may_edit_is_copied(target, head, tmp_path):
+    """Chat templates in their directory too; no weights in other formats, which do not hold the head."""
+    (target / "additional_chat_templates").mkdir()
+    (target / "additional_chat_templates" / "tools.jinja").write_text("tools")
+    (target / "tokenizer.model").write_bytes(b"pieces")
+    (target / "pytorch_model.bin").write_bytes(b"weights")
+    output = tmp_path / "export"
+    export_head(tmp_path / "head", str(target), output)
+    assert (output / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
+    assert not (output / "pytorch_model.bin").exists()
+    for name in ("tokenizer.model", "tokenizer.json", "generation_config.json"):
+        assert (output / name).read_bytes() == (target / name).read_bytes()
+        assert not os.path.samefile(output / name, target / name)
+
+
+def test_another_models_head_is_said_to_be_one(tmp_path, caplog):
+    """Of the same shape: it may be a later checkpoint of the policy, so it is no error."""
+    for seed, name in enumerate(("first", "second")):
+        make_checkpoint(tmp_path / name, "qwen2", seed=seed)
+    first = fingerprint(tmp_path / "first")
+    facts = {"backbone": "first", "fingerprint": first}
+    save_head(head_for(Backbone.load(str(tmp_path / "first"), torch.float32))[0], tmp_path / "head", facts)
+    export_head(tmp_path / "head", str(tmp_path / "first"), tmp_path / "own")
+    assert not caplog.records
+    export_head(tmp_path / "head", str(tmp_path / "second"), tmp_path / "other")
+    assert "was trained for first, whose weights are not those of" in caplog.text
+    assert fingerprint(tmp_path / "own") == first, "neither shards nor the added head change it"
+
+
+def test_layers_that_no_engine_takes_are_refused_before_anything_is_written(tmp_path):
+    for layer_types in (
+        ["linear_attention"] * 4,
+        ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+    ):
+        text = CONFIGS["qwen3_5_text"](layer_types=layer_types)
+        with pytest.raises(InputError, match=f"no regular interval .{layer_types[0]}.*correct layer_types"):
+            completed_config(text.to_dict(), text, QWEN3_5)
 
 
 def test_head_takes_the_targets_dtype(tmp_path):
@@ -202,24 +242,40 @@ def test_transformers_reads_the_exported_head(kind, tmp_path):
     scramble(head, seed=4)
     save_head(head, tmp_path / "head", {})
     export_head(tmp_path / "head", str(target), tmp_path / "export")
-    theirs = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "export"))
-    read = list(theirs.state_dict().values())
+    theirs = MtpModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "export")).state_dict()
+    renamed = {
+        "pre_fc_norm_embedding": "layers.0.enorm",
+        "pre_fc_norm_hidden": "layers.0.hnorm",
+        "fc": "layers.0.eh_proj",
+        "norm": "layers.0.post_norm",
+    }
     for name, tensor in head.state_dict().items():
-        assert any(tensor.shape == other.shape and torch.equal(tensor, other) for other in read), name
+        stem, _, end = name.rpartition(".")
+        there = f"{renamed[stem]}.{end}" if stem in renamed else name.replace("layers.0.", "layers.0.mtp_block.", 1)
+        assert torch.equal(tensor, theirs[there]), name
 
 
-def test_a_multimodal_wrapper_keeps_its_shape(tmp_path):
-    """Published Qwen3.5 checkpoints: the text config is nested, and so is what the head adds to it."""
-    target = make_wrapper(tmp_path / "target", make_model("qwen3_5_text"), native_head=True)
+@pytest.mark.parametrize(
+    ("kind", "fused"), [("qwen3_5_text", False), ("qwen3_5_moe_text", False), ("qwen3_5_moe_text", True)]
+)
+def test_a_multimodal_wrapper_keeps_its_shape(kind, fused, tmp_path):
+    """Published Qwen3.5 checkpoints: the text config is nested, and so is what the head adds to it; experts may be fused."""
+    target = make_wrapper(tmp_path / "target", make_model(kind), native_head=True, fused_experts=fused)
     head, origin = head_for(Backbone.load(str(target), torch.float32))
     assert origin == "checkpoint"
     save_head(head, tmp_path / "head", {})
     export_head(tmp_path / "head", str(target), tmp_path / "export")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3_5ForConditionalGeneration"]
+    assert config["architectures"] == json.loads((target / "config.json").read_text())["architectures"]
+    assert config["architectures"][0].endswith("ForConditionalGeneration")
     assert config["text_config"]["mtp_num_hidden_layers"] == 1
     assert "mtp_num_hidden_layers" not in config
     assert not check_export(tmp_path / "export").problems
+    again, _ = head_for(Backbone.load(str(tmp_path / "export"), torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+    found = {k: v for shard in (tmp_path / "export").glob("*.safetensors") for k, v in load_file(shard).items()}
+    for name, tensor in load_file(target / "model-00001-of-00002.safetensors").items():
+        assert torch.equal(found[name], tensor), name
 
 
 def test_a_sharded_target_named_by_its_hub_id(tmp_path, monkeypatch):

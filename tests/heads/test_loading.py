@@ -79,6 +79,18 @@ def test_tensors_that_do_not_fit_are_named(change, message, tmp_path):
         head_for(Backbone.load(str(tmp_path), torch.float32))
 
 
+def test_a_published_qwen3_next_head_is_found_unannounced(tmp_path):
+    """Published checkpoints hold mtp.* tensors, and none of the keys that announce them."""
+    make_checkpoint(tmp_path / "with", "qwen3_next", native_head=True, announced=False)
+    assert head_for(Backbone.load(str(tmp_path / "with"), torch.float32))[1] == "checkpoint"
+    make_checkpoint(tmp_path / "without", "qwen3_next")
+    assert head_for(Backbone.load(str(tmp_path / "without"), torch.float32))[1] == "cold start"
+    path = tmp_path / "with" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_nextn_predict_layers": 0}))
+    with pytest.raises(InputError, match="num_nextn_predict_layers = 0, but the checkpoint has 29 tensors"):
+        head_for(Backbone.load(str(tmp_path / "with"), torch.float32))
+
+
 @pytest.mark.parametrize("announced", [0, None, 2])
 def test_config_and_tensors_must_agree_on_the_head(announced, tmp_path):
     make_checkpoint(tmp_path, "qwen3_5_text", native_head=True)
