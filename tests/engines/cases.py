@@ -21,17 +21,15 @@ MAX_TOKENS = 160
 GREEDY_PROMPTS = 16
 
 
-def engine_python(script: str, *arguments: Path) -> str:
-    """Run a script of this directory in the engine environment; returns what it printed."""
+def engine_python(script: str, *arguments: Path) -> None:
+    """Run a script of this directory in the engine environment."""
     assert PYTHON.exists(), f"{PYTHON} does not exist; run `make test-engines`"
     # In one process, so that the worker can look at the draft model.
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE)
     }  # fmt: skip
     done = subprocess.run([PYTHON, HERE / script, *arguments], env=os.environ | settings, capture_output=True, text=True)
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log[-6000:]
-    return log
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 class Measured(NamedTuple):
@@ -49,10 +47,16 @@ MEASURED: list[Measured] = []
 
 @dataclass
 class Served:
-    """What an engine sampled and counted, run by run, its log, and the first drafts' logits [prompts, V] of a greedy run."""
+    """What an engine sampled and counted.
+
+    Attributes:
+        runs: texts, drafts and accepted of each run.
+        not_loaded: by class of model, its parameters that nothing was loaded into (vLLM).
+        first_logits: of the first drafts of a greedy run, [prompts, V] (vLLM).
+    """
 
     runs: list[dict]
-    log: str
+    not_loaded: dict[str, list[str]]
     first_logits: torch.Tensor | None
 
 
@@ -90,9 +94,9 @@ def serve(worker: str, model: Path, draft_steps: int, dtype: str, runs: list[dic
     max_length = max(len(prompt) + run["max_tokens"] for run in runs for prompt in run["prompts"]) + 8
     settings = {"model": str(model), "draft_steps": draft_steps, "dtype": dtype, "max_length": max_length, "runs": runs}
     job.write_text(json.dumps(settings))
-    log = engine_python(worker, job, result)
-    first = result.with_suffix(".pt")
-    return Served(json.loads(result.read_text()), log, torch.load(first) if first.exists() else None)
+    engine_python(worker, job, result)
+    found, first = json.loads(result.read_text()), result.with_suffix(".pt")
+    return Served(found["runs"], found.get("not_loaded", {}), torch.load(first) if first.exists() else None)
 
 
 def check_counts(case: Case, served: Served, draft_steps: int) -> None:
@@ -126,22 +130,48 @@ def compare(label: str, sampled: dict, predicted: EngineCounts, draft_steps: int
 
 @torch.no_grad()
 def check_greedy(case: Case, with_drafts: list[list[int]], without: list[list[int]]) -> None:
-    """Greedy texts are the same token by token, but for ties.
+    """Greedy texts are the same token by token; in bf16, but for ties.
 
-    An engine verifies K+1 tokens in one pass and generates one at a time, in products of other shapes; where the two best
-    tokens are closer than the rounding of the engine's dtype either may come out, and the texts part.
+    An engine verifies K+1 tokens in one pass and generates one at a time, in products of other shapes, which round
+    otherwise. Where rounding alone can make either token the best, the texts may part.
     """
-    models = [Backbone.load(str(case.target), dtype) for dtype in (torch.float32, getattr(torch, case.dtype))]
-    parted = 0
+    parted, agreed, unexplained = 0, 0, 0
     for prompt, text, other in zip(case.greedy_prompts, with_drafts, without, strict=True):
         if text == other:
+            agreed += len(text)
             continue
         parted += 1
         at = next(i for i in range(len(text)) if text[i] != other[i])
-        exact, rounded = (model.model(torch.tensor([prompt + text[:at]])).logits[0].float() for model in models)
-        noise = max((rounded - exact).abs().max().item(), 1e-4)
-        best = exact[-1].max()
-        print(f"texts part at {at}, {exact[-1, text[at]] - best:.4f} and {exact[-1, other[at]] - best:.4f} below the best")
-        assert best - torch.minimum(exact[-1, text[at]], exact[-1, other[at]]) < 2 * noise
-    print(f"{parted} of {len(without)} greedy texts part at a tie")
-    assert parted <= len(without) / 4
+        agreed += at
+        exact, rounded = last_logits(case.target, prompt + text[:at])
+        for token in (text[at], other[at]):
+            below, best = (exact.max() - exact[token]).item(), (rounded.argmax(1) == token).float().mean().item()
+            print(f"texts part at {at}: token {token}, {below:.4f} below the best, is best in {best:.3f} of all roundings")
+            unexplained += best == 0
+    print(f"{parted} of {len(without)} greedy texts part at a tie; {agreed} tokens are the same")
+    assert unexplained == 0, "there are texts that part where no rounding makes either token the best"
+    assert parted == 0 or case.dtype == "bfloat16"
+    assert agreed >= 1000
+
+
+def last_logits(directory: Path, tokens: list[int], roundings: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits behind the last token in fp32, [V], and under so many random roundings to bf16, [roundings, V].
+
+    Whatever enters or leaves a module that has weights is off by up to half a unit in bf16's last place. That includes a
+    router: where two experts are nearly equally likely, either may be chosen.
+    """
+    model = Backbone.load(str(directory), torch.float32).model
+    exact = model(torch.tensor([tokens])).logits[0, -1]
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(value):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        off = torch.rand(value.shape, generator=generator) - 0.5
+        return value * (1 + off * torch.finfo(torch.bfloat16).eps)
+
+    for module in model.modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            module.register_forward_pre_hook(lambda _, inputs: tuple(map(rounded, inputs)))
+            module.register_forward_hook(lambda _, __, output: rounded(output))
+    return exact, model(torch.tensor([tokens] * roundings)).logits[:, -1]

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 from bebop.data.rollouts import Rollout
 from tests.demo import demo_backbone
 from tests.engines.cases import MEASURED, Case, serve
-from tests.engines.heads import documentation, train_and_export, train_tiny_backbone
+from tests.engines.heads import english, train_and_export, train_tiny_backbone
 
 PROMPTS = 64
 
@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter):
 def tiny_case(folder, kind: str) -> Case:
     """A tiny model of three linear-attention layers and one of full attention, and a native head, trained on bytes."""
     target = train_tiny_backbone(folder / "target", kind)
-    text = list(documentation().encode())
+    text = list(english().encode())
     texts = [Rollout(text[i : i + 8], text[i + 8 : i + 96]) for i in range(0, len(text) - 96, 48)]
     train_and_export(target, texts, folder, temperature=1.0, steps=80, learning_rate=2e-3)
     prompts = [text[i : i + 12] for i in range(0, PROMPTS * 40, 40)]
@@ -51,7 +51,7 @@ def qwen3_next(tmp_path_factory) -> Case:
 def mimo(tmp_path_factory) -> Case:
     """The demo's real 135M model, and a head of the MiMo layout trained on texts that vLLM sampled from it."""
     folder, target = tmp_path_factory.mktemp("mimo"), demo_backbone()
-    ids = AutoTokenizer.from_pretrained(target).encode(documentation())
+    ids = AutoTokenizer.from_pretrained(target).encode(english())
     prompts = [ids[i : i + 24] for i in range(0, PROMPTS * 24, 24)]
     run = {"prompts": prompts, "temperature": 0.7, "max_tokens": 100}
     sampled = serve("vllm_worker.py", target, 0, "float32", [run], folder).runs[0]["texts"]

@@ -32,8 +32,9 @@ SERVABLE = {
 SERVABLE_EXPERTS = {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128}
 
 
-def documentation() -> str:
-    return (Path(__file__).parents[2] / "docs" / "theory.md").read_text()
+def english() -> str:
+    """A text that no edit of the project changes, and with it the models that are trained on it."""
+    return (Path(__file__).parents[2] / "LICENSE").read_text()
 
 
 def train_tiny_backbone(directory: Path, kind: str, steps: int = 150) -> Path:
@@ -44,7 +45,7 @@ def train_tiny_backbone(directory: Path, kind: str, steps: int = 150) -> Path:
     sizes = SERVABLE if kind == "qwen3_5_text" else SERVABLE | SERVABLE_EXPERTS
     model = AutoModelForCausalLM.from_config(CONFIGS[kind](**sizes)).float()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    text = torch.tensor(list(documentation().encode()))
+    text = torch.tensor(list(english().encode()))
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         starts = torch.randint(0, len(text) - 65, (8,), generator=generator)

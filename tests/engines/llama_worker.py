@@ -1,6 +1,6 @@
 """Serves a GGUF file in llama.cpp and writes what it sampled and counted; runs in the engine environment.
 
-python llama_worker.py JOB.json RESULT.json, with JOB and RESULT as in vllm_worker.py, `model` a GGUF file.
+python llama_worker.py JOB.json RESULT.json, with JOB as in vllm_worker.py, `model` a GGUF file, and RESULT's runs.
 """
 
 import json
@@ -50,7 +50,7 @@ def main(job: dict, result: Path) -> None:
         drafts, accepted = counters(server)
         accepted = [a - b for a, b in zip(accepted, before[1] or [0] * len(accepted), strict=True)]
         results.append({"texts": texts, "drafts": drafts - before[0], "accepted": accepted})
-    result.write_text(json.dumps(results))
+    result.write_text(json.dumps({"runs": results}))
 
 
 if __name__ == "__main__":

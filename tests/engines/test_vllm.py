@@ -3,17 +3,20 @@
 Marked `engine`: `make test-engines` builds the environment that vLLM's CPU build needs and runs these tests.
 """
 
-import re
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from bebop.backbone import Backbone
+from bebop.backbone import INDEX_FILE, Backbone
+from bebop.export.check import check_export
 from bebop.heads.loading import head_for
-from tests.engines.cases import Case, check_counts, check_greedy
+from tests.engines.cases import Case, check_counts, check_greedy, serve
 
 pytestmark = pytest.mark.engine
 WORKER = "vllm_worker.py"
@@ -22,10 +25,33 @@ EACH = pytest.mark.parametrize(("case", "draft_steps"), SERVED, indirect=["case"
 
 
 @EACH
-def test_loads_without_a_word_about_weights(case, draft_steps):
-    log = case.serve(WORKER, case.export, draft_steps).log
-    about_weights = r"(?i)(weight|tensor|checkpoint).*(missing|not (found|loaded|initiali[sz]ed)|unexpected|skip|ignor)"
-    assert not [line for line in log.splitlines() if re.search("WARNING|ERROR", line) and re.search(about_weights, line)]
+def test_every_weight_of_the_head_is_loaded(case, draft_steps):
+    """vLLM then puts the target's embedding and lm_head in place of the head's."""
+    head = drafter(case.serve(WORKER, case.export, draft_steps).not_loaded)
+    assert not [name for name in head if not name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+
+
+def drafter(not_loaded: dict[str, list[str]]) -> list[str]:
+    """Of the two models, the one that drafts."""
+    (found,) = [names for model, names in not_loaded.items() if "MTP" in model]
+    return found
+
+
+def test_a_missing_weight_is_for_our_check_to_find(qwen3_5, tmp_path):
+    """vLLM serves a head without its projection, which stays at its random start; the check names the tensor."""
+    shutil.copytree(qwen3_5.export, tmp_path / "export")
+    last = max((tmp_path / "export").glob("*.safetensors"))
+    tensors = load_file(last)
+    del tensors["mtp.fc.weight"]
+    save_file(tensors, last, metadata={"format": "pt"})
+    index = tmp_path / "export" / INDEX_FILE
+    content = json.loads(index.read_text())
+    del content["weight_map"]["mtp.fc.weight"]
+    index.write_text(json.dumps(content))
+    run = {"prompts": [[1, 2]], "temperature": 0.0, "max_tokens": 2}
+    served = serve(WORKER, tmp_path / "export", 1, "bfloat16", [run], tmp_path)
+    assert "model.fc.weight" in drafter(served.not_loaded)
+    assert any("mtp.fc.weight is missing" in problem for problem in check_export(tmp_path / "export").problems)
 
 
 @EACH
@@ -65,5 +91,5 @@ def test_logits_of_the_first_draft_are_ours_and_those_of_transformers(case: Case
     expected = torch.stack(ours)
     error = (served.first_logits - expected).norm(dim=1) / expected.norm(dim=1)
     print(f"first draft's logits, vLLM in {case.dtype} against ours in fp32: off by {error.median():.1e} of their norm")
-    assert error.median() < {"bfloat16": 2e-2, "float32": 1e-4}[case.dtype]
+    assert error.median() < {"bfloat16": 5e-3, "float32": 5e-6}[case.dtype]
     assert error.max() < 10 * error.median()

@@ -1,7 +1,8 @@
 """Serves a directory in vLLM and writes what it sampled and counted; runs in the engine environment.
 
 python vllm_worker.py JOB.json RESULT.json, with JOB = {model, draft_steps (0: no speculation), dtype, max_length,
-runs: [{prompts: [[ids]], temperature, max_tokens}]} and RESULT = [{texts: [[ids]], drafts, accepted: [per position]}].
+runs: [{prompts: [[ids]], temperature, max_tokens}]} and RESULT = {runs: [{texts: [[ids]], drafts, accepted: [per
+position]}], not_loaded: {class of a model: [its parameters that no tensor of the checkpoint went into]}}.
 The logits of the first draft of every prompt of a greedy run go to RESULT.pt, [prompts, V].
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
 
 
@@ -29,6 +31,20 @@ class FirstDrafts:
         SpecDecodeBaseProposer._greedy_sample = recording
 
 
+def watch_loading() -> dict[str, list[str]]:
+    """Parameters that stay as they were initialised, by model class; vLLM's own check exempts all Linear weights."""
+    not_loaded: dict[str, list[str]] = {}
+    track = DefaultModelLoader.track_weights_loading
+
+    def recording(loader, model, loaded_weights, **options):
+        names = {name for name, _ in model.named_parameters()}
+        not_loaded[type(model).__name__] = sorted(names - loaded_weights)
+        return track(loader, model, loaded_weights, **options)
+
+    DefaultModelLoader.track_weights_loading = recording
+    return not_loaded
+
+
 def counters(llm) -> tuple[int, list[int]]:
     drafts, accepted = 0, []
     for metric in llm.get_metrics():
@@ -40,7 +56,7 @@ def counters(llm) -> tuple[int, list[int]]:
 
 
 def main(job: dict, result: Path) -> None:
-    first = FirstDrafts()
+    first, not_loaded = FirstDrafts(), watch_loading()
     speculative = {
         "method": "mtp", "num_speculative_tokens": job["draft_steps"], "draft_sample_method": "probabilistic"
     }  # fmt: skip
@@ -74,7 +90,7 @@ def main(job: dict, result: Path) -> None:
         )
     if first.logits is not None:
         torch.save(first.logits, result.with_suffix(".pt"))
-    result.write_text(json.dumps(results))
+    result.write_text(json.dumps({"runs": results, "not_loaded": not_loaded}))
 
 
 if __name__ == "__main__":
