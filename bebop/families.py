@@ -171,7 +171,7 @@ def family_of(text_config: Any) -> Family:
     """
     model_type = text_config.model_type
     if model_type not in _BY_MODEL_TYPE:
-        reason = " (no unmodified engine serves it with a head that is not its own)" if model_type == "qwen3" else ""
+        reason = " (no unmodified engine has an MTP path for it)" if model_type == "qwen3" else ""
         raise InputError(
             f"model_type {model_type!r} has no MTP head family here{reason}; supported: {', '.join(_BY_MODEL_TYPE)}"
         )
