@@ -1,6 +1,9 @@
-"""Checkpoints of a run: everything needed to go on, written beside and renamed, the newest few kept."""
+"""Checkpoints of a run: everything needed to go on, written beside and renamed, the newest few and the best kept."""
 
+import hashlib
 import json
+import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,14 +13,25 @@ from accelerate import Accelerator
 
 from bebop.errors import InputError
 
-POSITION_FILE = "position.json"
+logger = logging.getLogger(__name__)
+
+MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step-(\d+)")
 
 
-def save_checkpoint(accelerator: Accelerator, run: Path, position: dict[str, Any], keep: int) -> Path:
-    """Write run/checkpoints/step-N and drop all but the newest `keep`. A directory of that name is always complete.
+def save_checkpoint(
+    accelerator: Accelerator, run: Path, position: dict[str, Any], keep: int, accept_length: float | None = None
+) -> Path:
+    """Write run/checkpoints/step-N; of the others keep the newest, `keep` in all, and the one of the longest accept length.
 
-    `position` is written beside the state: the step, and what decides which data come next.
+    A directory of that name is complete, with a manifest of its files' sizes and checksums.
+
+    Args:
+        accelerator: holds the state to save.
+        run: the run's directory.
+        position: the step, and what decides which data come next.
+        keep: newest checkpoints to keep.
+        accept_length: on held-out rollouts after this step, if it was measured.
     """
     directory = run / "checkpoints" / f"step-{position['step']:06d}"
     partial = directory.with_name(directory.name + ".partial")
@@ -28,16 +42,25 @@ def save_checkpoint(accelerator: Accelerator, run: Path, position: dict[str, Any
     accelerator.save_state(str(partial))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / POSITION_FILE).write_text(json.dumps(position))
+        files = {str(p.relative_to(partial)): _size_and_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+        manifest = {"position": position, "accept_length": accept_length, "files": files}
+        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         partial.rename(directory)
-        for old in _complete(run)[:-keep]:
+        for old in _superseded(run, keep):
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return directory
 
 
-def _complete(run: Path) -> list[Path]:
+def _size_and_hash(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())  # on the disk before the directory gets its name
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those that were written whole, by step; whether they still are is another question."""
     found = [p for p in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(p.name)]
     return sorted(found, key=_step)
 
@@ -46,22 +69,62 @@ def _step(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
 
 
+def _superseded(run: Path, keep: int) -> list[Path]:
+    there = checkpoints(run)
+    measured = {}
+    for directory in there:
+        try:
+            measured[directory] = _manifest(directory)["accept_length"] or 0.0
+        except InputError:
+            measured[directory] = 0.0
+    best = max(there, key=lambda directory: measured[directory])
+    return [directory for directory in there[:-keep] if directory != best or not measured[best]]
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((directory / MANIFEST_FILE).read_text())
+        return {key: manifest[key] for key in ("position", "accept_length", "files")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{directory} is not a complete checkpoint (no readable {MANIFEST_FILE})") from None
+
+
+def check_intact(directory: Path) -> None:
+    """Compare a checkpoint's files with its manifest.
+
+    Raises:
+        InputError: names the first file that is missing or differs.
+    """
+    for name, expected in _manifest(directory)["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise InputError(f"{directory} is not a complete checkpoint ({name} is missing)")
+        if _size_and_hash(path) != expected:
+            raise InputError(f"{directory} is damaged ({name} is not what was written)")
+
+
 def find_checkpoint(run: Path, resume: str) -> Path:
-    """The checkpoint that `resume` ("auto" or a directory) means.
+    """The checkpoint that `resume` ("auto" or a directory) means: with "auto" the newest that is intact.
 
     Raises:
         InputError: there is none.
     """
     if resume != "auto":
-        if not (Path(resume) / POSITION_FILE).is_file():
-            raise InputError(f"resume: {resume} is not a complete checkpoint directory (no {POSITION_FILE})")
+        try:
+            check_intact(Path(resume))
+        except InputError as error:
+            raise InputError(f"resume: {error}; --resume auto takes the newest that is intact") from None
         if Path(resume).resolve().parent != (run / "checkpoints").resolve():
             raise InputError(f"resume: {resume} does not lie in {run}/checkpoints; a run goes on in its own output")
         return Path(resume)
-    complete = _complete(run)
-    if not complete:
-        raise InputError(f"resume: {run}/checkpoints has no complete checkpoint; start without --resume")
-    return complete[-1]
+    for directory in reversed(checkpoints(run)):
+        try:
+            check_intact(directory)
+        except InputError as error:
+            logger.warning("left aside: %s", error)
+        else:
+            return directory
+    raise InputError(f"resume: {run}/checkpoints has no complete checkpoint; start without --resume")
 
 
 def check_position(directory: Path, position: dict[str, Any]) -> None:
@@ -70,7 +133,7 @@ def check_position(directory: Path, position: dict[str, Any]) -> None:
     Raises:
         InputError: names what differs.
     """
-    saved = json.loads((directory / POSITION_FILE).read_text())
+    saved = _manifest(directory)["position"]
     for key, value in position.items():
         if saved.get(key) != value:
             raise InputError(
@@ -81,7 +144,7 @@ def check_position(directory: Path, position: dict[str, Any]) -> None:
 def drop_checkpoints_after(accelerator: Accelerator, run: Path, step: int) -> None:
     """Remove checkpoints that a run resuming from `step` will write anew."""
     if accelerator.is_main_process:
-        for directory in _complete(run):
+        for directory in checkpoints(run):
             if _step(directory) > step:
                 shutil.rmtree(directory)
     accelerator.wait_for_everyone()
@@ -90,4 +153,4 @@ def drop_checkpoints_after(accelerator: Accelerator, run: Path, step: int) -> No
 def load_checkpoint(accelerator: Accelerator, directory: Path) -> int:
     """Restore head, optimiser, scheduler and random states; returns the number of steps done."""
     accelerator.load_state(str(directory))
-    return json.loads((directory / POSITION_FILE).read_text())["step"]
+    return _manifest(directory)["position"]["step"]

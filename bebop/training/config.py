@@ -57,7 +57,8 @@ class TrainConfig:
 
     evaluate_every: int = _option(0, "Evaluate on the held-out rollouts every so many steps; 0: before and after only.")
     save_every: int = _option(200, "Write a checkpoint every so many steps.")
-    keep_checkpoints: int = _option(2, "Newest checkpoints to keep.")
+    max_skipped_steps: int = _option(3, "Steps without finite loss and gradient are skipped; so many in a row end the run.")
+    keep_checkpoints: int = _option(2, "Newest checkpoints to keep, beside the best by held-out accept length.")
     resume: str = _option("", "'auto' for the newest checkpoint in output, or a checkpoint directory; '' starts anew.")
     tracker: str = _option("none", f"Where metrics go besides metrics.jsonl: {', '.join(TRACKERS)}.")
 
@@ -88,6 +89,7 @@ class TrainConfig:
         at_least = {
             "draft_steps": 1, "max_steps": 1, "cold_start_steps": 0, "tokens_per_micro_batch": 1, "accumulate": 1,
             "max_length": 0, "chunk_mib": 1, "evaluate_every": 0, "save_every": 1, "keep_checkpoints": 1, "weight_decay": 0,
+            "max_skipped_steps": 1,
         }  # fmt: skip
         for key, least in at_least.items():
             if getattr(self, key) < least:

@@ -38,6 +38,10 @@ class Metrics:
     def training(self, step: int, values: dict[str, Any]) -> None:
         self._write({"step": step, "kind": "training"} | values)
 
+    def skipped(self, step: int) -> None:
+        """A step whose loss or gradient was not finite."""
+        self._write({"step": step, "kind": "skipped"})
+
     def evaluation(self, step: int, acceptance: Acceptance) -> None:
         values = asdict(acceptance) | {
             "accept_length": acceptance.accept_length,

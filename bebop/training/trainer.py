@@ -1,6 +1,7 @@
 """The training run: attach a head to a frozen backbone, measure, train, measure again, and leave a report."""
 
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from bebop.losses import ChainLoss, loss_by_name
 from bebop.machine import Clock, compute_dtype, use_all_cores
 from bebop.training.checkpoint import (
     check_position,
+    checkpoints,
     drop_checkpoints_after,
     find_checkpoint,
     load_checkpoint,
@@ -130,15 +132,16 @@ class _Run:
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
         self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
+        self.skipped = 0  # steps in a row
         self.interrupted = 0  # number of the signal that asked this process to stop
         self.stopping = False  # some process was asked to, and all know
 
     def _check_output(self) -> None:
-        """A run that ended before its first checkpoint left a configuration and perhaps metrics; those may be replaced."""
+        """What a run left that ended before its first checkpoint was whole may be replaced."""
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file; expected a directory that this run may create")
         there = {p.name for p in self.output.iterdir()} if self.output.exists() else set()
-        if there - {"config.yaml", METRICS_FILE}:
+        if there - {"config.yaml", METRICS_FILE, "checkpoints"} or checkpoints(self.output):
             raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
 
     def _position(self) -> dict[str, Any]:
@@ -206,23 +209,30 @@ class _Run:
                 objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
                 values = self._optimiser_step(step, next(steps), self.losses[objective], model, optimizer, scheduler)
                 step += 1
-                metrics.training(step, {"objective": objective} | values)
-                bar.set_postfix_str(
-                    f"{objective} {values['loss']:.4f}, accept length {values['accept_length']:.3f}, "
-                    f"{values['tokens_per_second']:.0f} tok/s"
-                )
+                if values is None:
+                    metrics.skipped(step)
+                else:
+                    metrics.training(step, {"objective": objective} | values)
+                    bar.set_postfix_str(
+                        f"{objective} {values['loss']:.4f}, accept length {values['accept_length']:.3f}, "
+                        f"{values['tokens_per_second']:.0f} tok/s"
+                    )
                 bar.update()
                 last = step == config.max_steps
-                if config.evaluate_every and step % config.evaluate_every == 0 and not last:
-                    metrics.evaluation(step, self._evaluate())
+                accept_length = None
+                if last or (config.evaluate_every and step % config.evaluate_every == 0):
+                    acceptance = self._evaluate()
+                    accept_length = acceptance.accept_length
+                    metrics.evaluation(step, acceptance)
                 if step % config.save_every == 0 or last:
-                    self._save(step)
+                    self._save(step, accept_length)
         if self.stopping:
-            saved = self._save(step)
+            saved = self.output / "checkpoints" / f"step-{step:06d}"
+            if not saved.exists():
+                self._save(step)
             self._log(f"stopped after step {step}; go on with --resume auto (checkpoint {saved})")
             raise SystemExit(130 if self.interrupted == signal.SIGINT else 0)  # SIGTERM is how schedulers pre-empt
 
-        metrics.evaluation(config.max_steps, self._evaluate())
         if accelerator.is_main_process:
             facts = {
                 "backbone": config.backbone,
@@ -248,9 +258,9 @@ class _Run:
             seed=self.config.seed,
         )
 
-    def _save(self, step: int) -> Path:
+    def _save(self, step: int, accept_length: float | None = None) -> Path:
         position = self._position() | {"step": step}
-        return save_checkpoint(self.accelerator, self.output, position, self.config.keep_checkpoints)
+        return save_checkpoint(self.accelerator, self.output, position, self.config.keep_checkpoints, accept_length)
 
     def _cache_states(self) -> None:
         data = self.data
@@ -262,7 +272,8 @@ class _Run:
 
     def _optimiser_step(
         self, step: int, micro_batches: list, loss_fn: ChainLoss, model: Any, optimizer: Any, scheduler: Any
-    ) -> dict[str, Any]:
+    ) -> dict[str, Any] | None:
+        """What to record of the step; None if it was skipped."""
         accelerator, config = self.accelerator, self.config
         started = time.perf_counter()
         clock = Clock(accelerator.device)
@@ -317,23 +328,27 @@ class _Run:
             sums["pairs"] = sums.get("pairs", 0) + stats.valid.sum(1).double()
 
         with clock("optimiser"):
-            norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            norm = float(norm)
-            if not torch.isfinite(torch.tensor([norm, float(total_loss)])).all():
-                raise RuntimeError(f"loss {float(total_loss)} or gradient norm {norm} is not finite at step {step + 1}")
+            norm = float(accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+            loss_of_all = float(accelerator.reduce(total_loss, "sum"))
             if norm == 0.0 and step == 0:
                 raise RuntimeError("the first step has no gradient at all; the head would never train")
-            optimizer.step()
+            finite = math.isfinite(norm) and math.isfinite(loss_of_all)  # the same on every process
+            if finite:
+                optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
 
         self.stopping = stop
+        if not finite:
+            self._skip(step + 1, f"loss {loss_of_all}, gradient norm {norm}", micro_batches)
+            return None
+        self.skipped = 0
         sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
         realised = sums["realised"] / sums["pairs"].clamp(min=1)
         tokens = sum(int((b.documents >= 0).sum()) for b in batches) * accelerator.num_processes
         seconds = time.perf_counter() - started
         return {
-            "loss": float(accelerator.reduce(total_loss, "sum")),
+            "loss": loss_of_all,
             "accept_length": 1.0 + float(realised.sum()),
             "alpha": (sums["alpha"] / sums["pairs"].clamp(min=1)).tolist(),
             "grad_norm": norm,
@@ -343,6 +358,17 @@ class _Run:
             "seconds": seconds,
             **{f"seconds_{part}": spent for part, spent in clock.spent.items()},
         }
+
+    def _skip(self, step: int, found: str, micro_batches: list[list[list[int]]]) -> None:
+        """Leave the head as it was, and end the run when that happens too often in a row."""
+        self.skipped += 1
+        keys = sorted({self.data.train[i].key.hex()[:12] for rows in micro_batches for row in rows for i in row})
+        logger.warning("step %d is skipped: %s. Its rollouts: %s", step, found, " ".join(keys))
+        if self.skipped == self.config.max_skipped_steps:
+            raise InputError(
+                f"{self.skipped} steps in a row had no finite loss and gradient (step {step}: {found}); lower "
+                "learning_rate, or look at the rollouts that the warnings name; --resume auto goes on from the last checkpoint"
+            )
 
     def _temperatures(self, step: int, micro_batch: int, chains: int) -> torch.Tensor | None:
         """Of every chain [N], drawn uniformly from the configured range by seed and step alone; None for the one of all."""

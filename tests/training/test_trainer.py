@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from bebop.backbone import Backbone
+from bebop.data.rollouts import read_rollouts
 from bebop.errors import InputError
 from bebop.heads.loading import head_for, native_state_dict, read_head
 from bebop.losses import E2ETVLoss
@@ -228,6 +230,68 @@ def test_resuming_from_an_older_checkpoint_drops_the_newer(config):
     config.resume, config.max_steps = str(checkpoints / "step-000004"), 5
     train(config)
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-000004", "step-000005"]
+
+
+def damaged_steps(monkeypatch, *numbers: int) -> None:
+    """The loss of these calls is not a number."""
+    forward, calls = E2ETVLoss.forward, itertools.count(1)
+
+    def damaged(*arguments, **options):
+        loss, stats = forward(*arguments, **options)
+        return (loss * float("nan") if next(calls) in numbers else loss), stats
+
+    monkeypatch.setattr(E2ETVLoss, "forward", damaged)
+
+
+def test_a_step_that_is_not_finite_is_skipped(config, monkeypatch, caplog):
+    damaged_steps(monkeypatch, 1, 3, 4)
+    train(config)
+    assert [r["step"] for r in records(config, "skipped")] == [1, 3, 4]
+    assert [r["step"] for r in records(config, "training")] == [2, 5, 6]
+    assert all(tensor.isfinite().all() for tensor in trained(config).values())
+    assert "step 3 is skipped: loss nan" in caplog.text
+    assert any(rollout.key.hex()[:12] in caplog.text for rollout in read_rollouts(Path(config.rollouts))[1])
+
+
+def test_too_many_such_steps_end_the_run_and_leave_its_checkpoint(config, monkeypatch):
+    damaged_steps(monkeypatch, 3, 4, 5)
+    with pytest.raises(InputError, match="3 steps in a row had no finite loss and gradient"):
+        train(config)
+    config.resume = "auto"
+    train(config)
+    assert [r["step"] for r in records(config, "training")] == list(range(1, 7))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / "optimizer.bin").unlink(), "optimizer.bin is missing"),
+        (lambda d: _truncate(d / "model.safetensors"), "model.safetensors is not what was written"),
+        (lambda d: _truncate(d / "manifest.json"), "no readable manifest.json"),
+    ],
+)
+def test_a_damaged_checkpoint_is_left_aside(damage, message, config, caplog):
+    train(config)
+    whole = trained(config)
+    last = Path(config.output) / "checkpoints" / "step-000006"
+    damage(last)
+    config.resume = str(last)
+    with pytest.raises(InputError, match=message):
+        train(config)
+    config.resume = "auto"
+    train(config)
+    assert f"left aside: {last} is" in caplog.text
+    assert all(torch.equal(tensor, trained(config)[name]) for name, tensor in whole.items())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(config):
+    config.max_steps, config.evaluate_every, config.learning_rate = 12, 2, 3e-2
+    train(config)
+    lengths = {r["step"]: r["accept_length"] for r in records(config, "evaluation") if r["step"]}
+    best = max(lengths, key=lengths.get)
+    kept = {int(p.name.removeprefix("step-")) for p in (Path(config.output) / "checkpoints").iterdir()}
+    assert kept == {best, 10, 12}
+    assert best < 10, "at this learning rate the head gets worse"
 
 
 def test_two_processes_train_the_same_head_as_one(tmp_path):
