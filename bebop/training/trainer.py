@@ -367,7 +367,7 @@ class _Run:
         if self.skipped == self.config.max_skipped_steps:
             raise InputError(
                 f"{self.skipped} steps in a row had no finite loss and gradient (step {step}: {found}); lower "
-                "learning_rate, or look at the rollouts that the warnings name; --resume auto goes on from the last checkpoint"
+                "learning_rate, or look at the rollouts that the warnings name; --resume auto goes on from a checkpoint"
             )
 
     def _temperatures(self, step: int, micro_batch: int, chains: int) -> torch.Tensor | None:
