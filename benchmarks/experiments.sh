@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that docs/experiments.md reports, into runs/experiments; run it from the repository's root, inside .venv.
-# What an earlier run finished is kept, so that it can be stopped and started again. Two CPU cores take about three hours.
+# What an earlier run finished is kept, so that it can be stopped and started again. Two CPU cores take two to three hours.
 set -euo pipefail
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 out="runs/experiments"

@@ -20,8 +20,7 @@ import yaml
 from accelerate import Accelerator
 from rich.console import Console
 
-from bebop.backbone import load_tokenizer
-from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts, digest, read_rollouts
+from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, digest, read_rollouts
 from bebop.data.states import StateCache
 from bebop.errors import InputError
 from bebop.evaluation.acceptance import chain_statistics_at
@@ -136,15 +135,7 @@ def _check_earlier(run: TrainConfig) -> None:
 
 def _read_held_out(path: Path, config: TrainConfig, material: Material) -> tuple[RolloutHeader, list[Rollout]]:
     header, rollouts = read_rollouts(path)
-    backbone = material.backbone
-    check_rollouts(
-        path,
-        header,
-        rollouts,
-        vocab_size=len(backbone.lm_head_weight),
-        tokenizer=load_tokenizer(backbone.directory),
-        max_length=backbone.max_length,
-    )
+    check_rollouts_of(material.backbone, path, header, rollouts)
     trained_on = {r.key for r in material.train}
     if seen := sum(r.key in trained_on for r in rollouts):
         raise InputError(f"{path}: {seen} of {len(rollouts)} rollouts are in {config.rollouts}, which is trained on")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bebop.backbone import Backbone, load_tokenizer
 from bebop.errors import InputError
 
 FORMAT_VERSION = 1
@@ -134,6 +135,20 @@ def _rollout(path: Path, number: int, line: str, header: RolloutHeader) -> Rollo
         if not isinstance(value, str):
             raise InputError(f"{path}:{number}: {key} is {value!r}, expected a string")
     return Rollout(record["prompt_ids"], record["response_ids"], **texts)
+
+
+def check_rollouts_of(
+    backbone: Backbone, path: Path, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
+) -> None:
+    """`check_rollouts` against a backbone; `max_length` 0 means what it takes."""
+    check_rollouts(
+        path,
+        header,
+        rollouts,
+        vocab_size=len(backbone.lm_head_weight),
+        tokenizer=load_tokenizer(backbone.directory),
+        max_length=min(max_length or backbone.max_length, backbone.max_length),
+    )
 
 
 def check_rollouts(

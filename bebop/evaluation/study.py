@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bebop.backbone import Backbone, load_tokenizer
-from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts, read_rollouts
+from bebop.backbone import Backbone
+from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, read_rollouts
 from bebop.errors import InputError
 from bebop.evaluation import plots, tables
 from bebop.evaluation.acceptance import chain_statistics_at
@@ -112,14 +112,7 @@ def run_study(study: Study) -> dict[str, Any]:
             head, _ = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
             cost_ratio = cost_ratio or weights_ratio(head, backbone)
             for its_path, its_header, its_rollouts in files[i : i + 1] if len(study.backbone) > 1 else files:
-                check_rollouts(
-                    its_path,
-                    its_header,
-                    its_rollouts,
-                    vocab_size=len(backbone.lm_head_weight),
-                    tokenizer=load_tokenizer(backbone.directory),
-                    max_length=backbone.max_length,
-                )
+                check_rollouts_of(backbone, its_path, its_header, its_rollouts)
         assert head is not None
         scored += _score(study, name, path, header, rollouts, head, backbone)
     assert cost_ratio is not None

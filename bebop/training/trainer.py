@@ -17,9 +17,9 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from bebop.backbone import Backbone, fingerprint, load_tokenizer
+from bebop.backbone import Backbone, fingerprint
 from bebop.data.batches import make_batch
-from bebop.data.rollouts import Rollout, check_rollouts, digest, read_rollouts, split_held_out
+from bebop.data.rollouts import Rollout, check_rollouts_of, digest, read_rollouts, split_held_out
 from bebop.data.schedule import schedule
 from bebop.data.states import StateCache
 from bebop.errors import InputError
@@ -86,14 +86,7 @@ class Material:
         header, rollouts = read_rollouts(path)
         dtype = compute_dtype(config.dtype, device)
         backbone = Backbone.load(config.backbone, dtype, device)
-        check_rollouts(
-            path,
-            header,
-            rollouts,
-            vocab_size=backbone.lm_head_weight.shape[0],
-            tokenizer=load_tokenizer(backbone.directory),
-            max_length=min(config.max_length or backbone.max_length, backbone.max_length),
-        )
+        check_rollouts_of(backbone, path, header, rollouts, config.max_length)
         if header.temperature != config.temperature:
             logger.warning(
                 "rollouts were sampled at temperature %s and are scored at %s: the realised estimates are biased",
