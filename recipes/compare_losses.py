@@ -126,9 +126,10 @@ def _check_earlier(run: TrainConfig) -> None:
     path = Path(run.output) / "config.yaml"
     if not path.exists():
         return
-    there, wanted = yaml.safe_load(path.read_text()), asdict(run)
-    if other := [key for key in wanted if key != "resume" and there.get(key) != wanted[key]]:
-        found = ", ".join(f"{key} {there.get(key)!r}" for key in other)
+    # A key that is newer than the run had its default.
+    there, wanted = asdict(TrainConfig()) | yaml.safe_load(path.read_text()), asdict(run)
+    if other := [key for key in wanted if key != "resume" and there[key] != wanted[key]]:
+        found = ", ".join(f"{key} {there[key]!r}" for key in other)
         asked = ", ".join(f"{key} {wanted[key]!r}" for key in other)
         raise InputError(f"{run.output} was trained with {found}, now asked for {asked}; choose another output")
 
