@@ -86,6 +86,8 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
         _take_other_files(directory, partial)
         if is_llama:
             as_qwen2(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)).save_pretrained(partial)
+            for shard in partial.glob("*.safetensors"):
+                shutil.copymode(partial / "config.json", shard)
         else:
             for shard in checkpoint_shards(directory):
                 _link(shard, partial / shard.name, copy)
@@ -151,10 +153,16 @@ def _add_shard(directory: Path, tensors: Mapping[str, Tensor], prefix: str) -> N
             weight_map |= dict.fromkeys(file.keys(), name)
         size += _size_of_tensors(directory / name)
     name = f"model-{total:05d}-of-{total:05d}.safetensors"
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / name, metadata={"format": "pt"})
+    _save_shard({k: v.contiguous() for k, v in tensors.items()}, directory / name)
     weight_map |= dict.fromkeys(tensors, name)
     size += _size_of_tensors(directory / name)
     _write_json(directory / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def _save_shard(tensors: dict[str, Tensor], path: Path) -> None:
+    """A shard that whoever may read config.json may read: safetensors itself lets nobody else."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name("config.json"), path)
 
 
 def _size_of_tensors(shard: Path) -> int:
@@ -172,7 +180,7 @@ def _without(shard: Path, prefix: str) -> bool:
         kept = {name: file.get_tensor(name) for name in keep}
     shard.unlink()  # it may be a link to the target's
     if kept:
-        save_file(kept, shard, metadata={"format": "pt"})
+        _save_shard(kept, shard)
     return bool(kept)
 
 

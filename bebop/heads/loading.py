@@ -189,6 +189,7 @@ def save_head(head: MTPHead, directory: Path, facts: dict[str, Any]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in native_state_dict(head).items()}
     save_file(tensors, partial / "head.safetensors", metadata={"format": "pt"})
     (partial / "head.json").write_text(json.dumps({"family": head.family.name} | facts, indent=2) + "\n")
+    shutil.copymode(partial / "head.json", partial / "head.safetensors")  # safetensors lets nobody else read its files
     if directory.exists():
         directory.rename(old := directory.with_name(directory.name + ".old"))
         partial.rename(directory)
