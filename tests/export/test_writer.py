@@ -85,12 +85,12 @@ def test_weights_are_linked_not_copied(tmp_path):
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(target, head, tmp_path):
-    """An engine often runs as another user; safetensors writes files for their owner alone."""
+    """An engine often runs as another user; safetensors writes files for their owner alone. Links are the target's."""
     (target / "config.json").chmod(0o644)
     export_head(tmp_path / "head", str(target), tmp_path / "export")
     written = [
         s for s in (tmp_path / "export").glob("*.safetensors") if s.stat().st_nlink == 1
-    ]  # the others are the target's
+    ]
     assert {shard.stat().st_mode & 0o777 for shard in written} == {0o644}
     head_files = {p.stat().st_mode for p in (tmp_path / "head").iterdir()}
     assert len(head_files) == 1
