@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from bebop.errors import InputError
 from bebop.families import Family, family_of
 from bebop.llama_as_qwen2 import qwen2_config
+from bebop.sharding import load_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +204,21 @@ class Backbone:
         self.packs_documents = set(layer_types) == {"full_attention"}
 
     @classmethod
-    def load(cls, name: str, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> "Backbone":
+    def load(
+        cls,
+        name: str,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+        sharded: bool = False,
+    ) -> "Backbone":
         """Load from a directory or hub id, in bf16 or fp32.
+
+        Args:
+            name: directory or hub id.
+            dtype: of all weights.
+            device: of this process.
+            sharded: split the decoder layers over the processes of torch.distributed; every process must call. From then on
+                a forward pass is a collective: all processes must make the same number of them.
 
         Raises:
             InputError: the model cannot be found or read, or is of a type that has no head family.
@@ -213,12 +227,21 @@ class Backbone:
         config = read_config(directory)
         family_of(config.get_text_config())  # refuse before gigabytes are read
         refuse_quantised(config, directory)
-        model, missing = load_model(directory, dtype=dtype)
-        if missing:
-            raise InputError(
-                f"{directory} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it again"
-            )
-        return cls(model.to(device), directory)
+
+        def load() -> Any:
+            model, missing = load_model(directory, dtype=dtype)
+            if missing:
+                raise InputError(
+                    f"{directory} lacks {len(missing)} tensors of the model, {missing[0]} among them; fetch it again"
+                )
+            return model
+
+        if not sharded:
+            return cls(load().to(device), directory)
+        return cls(
+            load_sharded(load, lambda: load_model(directory, dtype=dtype, device_map="meta")[0], torch.device(device)),
+            directory,
+        )
 
     @property
     def lm_head_weight(self) -> Tensor:

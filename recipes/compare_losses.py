@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator
 from rich.console import Console
 
 from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, digest, read_rollouts
@@ -41,8 +40,10 @@ from bebop.evaluation.sums import DocumentSums, Resampled, joined
 from bebop.heads.loading import head_for
 from bebop.machine import use_all_cores
 from bebop.training.config import TrainConfig, parse_config
+from bebop.training.distribution import make_accelerator
+from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE
-from bebop.training.trainer import Material, train
+from bebop.training.trainer import train
 
 COLD_START = "lk_hybrid, then e2e_tv"
 RANGE = "e2e_tv over temperatures"
@@ -96,9 +97,9 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
         raise InputError(f"--range is {low} {high}, expected two temperatures above 0, the lower one first")
     if not 0 <= arguments.cold_start_share <= 1:
         raise InputError(f"--cold-start-share is {arguments.cold_start_share}, expected a share from 0 to 1")
-    device = Accelerator().device
-    use_all_cores(device)
-    material = Material.load(config, device)
+    accelerator = make_accelerator(config)
+    use_all_cores(accelerator.device)
+    material = Material.load(config, accelerator)
     held_out = {path.stem: _read_held_out(path, config, material) for path in arguments.held_out}
     objectives = list(arguments.objectives)
     if COLD_START in objectives and (origin := head_for(material.backbone, config.head)[1]) != "cold start":
@@ -139,7 +140,9 @@ def _read_held_out(path: Path, config: TrainConfig, material: Material) -> tuple
     check_rollouts_of(material.backbone, path, header, rollouts)
     trained_on = {r.key for r in material.train}
     if seen := sum(r.key in trained_on for r in rollouts):
-        raise InputError(f"{path}: {seen} of {len(rollouts)} rollouts are in {config.rollouts}, which is trained on")
+        raise InputError(
+            f"{path}: {seen} of {len(rollouts)} rollouts are in {' '.join(config.rollouts)}, which is trained on"
+        )
     return header, rollouts
 
 

@@ -1,4 +1,4 @@
-"""Rollout files: JSON lines, a header and then one conversation a line, in token ids the model itself produced.
+"""Rollouts: conversations in token ids the model itself produced, in files that begin with a header.
 
     {"bebop_rollouts": 1, "model": "...", "tokenizer_hash": "...", "vocab_size": 49152, "temperature": 0.6, ...}
     {"prompt_ids": [1, 9690, ...], "response_ids": [57, 12, ..., 2], "finish_reason": "stop"}
@@ -9,12 +9,15 @@ on it drafts badly in an engine.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bebop.backbone import Backbone, load_tokenizer
+from bebop.data.files import HEADER_KEY, find_files, read_header, read_records, write_file
 from bebop.errors import InputError
 
 FORMAT_VERSION = 1
@@ -28,6 +31,12 @@ class Rollout:
     response_ids: list[int]
     finish_reason: str = "stop"
     source: str = ""  # domain or data set, for reports by source
+    place: str = field(default="memory", compare=False, repr=False)  # file and line it was read from, for error messages
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a file holds of it."""
+        return {name: getattr(self, name) for name in ("prompt_ids", "response_ids", "finish_reason", "source")}
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -64,84 +73,105 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def write_rollouts(path: Path, header: RolloutHeader, rollouts: Iterable[Rollout]) -> int:
-    """Write a rollout file; it appears under its name once it is complete. Returns the number of rollouts."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    count = 0
-    try:
-        with partial.open("w") as file:
-            file.write(json.dumps({"bebop_rollouts": FORMAT_VERSION} | asdict(header)) + "\n")
-            for rollout in rollouts:
-                file.write(json.dumps(asdict(rollout)) + "\n")
-                count += 1
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+    """Write a rollout file; it appears under its name once it is complete. Returns the number of rollouts.
 
-
-def read_rollouts(path: Path) -> tuple[RolloutHeader, list[Rollout]]:
-    """Read a rollout file.
+    Args:
+        path: its ending says the format: .parquet, or JSON lines, compressed where the name ends in .gz, .bz2, .xz or .zst.
+        header, rollouts: what to write.
 
     Raises:
-        InputError: no such file, no header, a damaged or truncated line (with its number), an empty response.
+        InputError: .zst without the package for it.
     """
-    if not path.is_file():
-        raise InputError(f"rollout file {path} does not exist; write one with recipes/generate_rollouts.py")
+    return write_file(path, {HEADER_KEY: FORMAT_VERSION} | asdict(header), (r.record for r in rollouts))
+
+
+def read_rollouts(paths: str | Path | Sequence[str | Path]) -> tuple[RolloutHeader, list[Rollout]]:
+    """Read rollout files, in the order of their sorted names.
+
+    Args:
+        paths: of one or several files, in any of the formats that `write_rollouts` writes; glob patterns are expanded, and a
+            file that is named twice is read once.
+
+    Returns:
+        The header of the first file, and the rollouts of all. The headers may differ in `model` and `sampling`.
+
+    Raises:
+        InputError: no such file, no header, a damaged or truncated line (with its number), an empty response; or files
+            that differ in tokenizer, vocabulary or temperature.
+    """
+    files = find_files(paths)
+    headers = [read_rollout_header(path) for path in files]
+    for path, header in zip(files, headers, strict=True):
+        for key in ("tokenizer_hash", "vocab_size", "temperature"):
+            if (value := getattr(header, key)) != (first := getattr(headers[0], key)):
+                raise InputError(
+                    f"{path} has {key} {value!r} where {files[0]} has {first!r}; read files together only if one model "
+                    "sampled them at one temperature"
+                )
+    # One int object for every id of the vocabulary: lists then take 8 bytes an id instead of 36.
+    table = np.arange(headers[0].vocab_size).astype(object)
+    rollouts: list[Rollout] = []
+    for path in files:
+        before = len(rollouts)
+        rollouts.extend(_rollout(place, record, table) for place, record in read_records(path))
+        if len(rollouts) == before:
+            raise InputError(f"{path} has a header but no rollouts")
+    return headers[0], rollouts
+
+
+def read_rollout_header(path: Path) -> RolloutHeader:
+    """The header of one rollout file.
+
+    Raises:
+        InputError: the file cannot be read, or has no header that fits.
+    """
+    place, found = read_header(path)
+    if (version := found.pop(HEADER_KEY)) != FORMAT_VERSION:
+        raise InputError(f'{place}: expected a header with "{HEADER_KEY}": {FORMAT_VERSION}, found {version!r}')
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not a text file; expected JSON lines") from None
-    first = _parse(path, 1, lines[0])
-    if first.get("bebop_rollouts") != FORMAT_VERSION:
-        raise InputError(f'{path}:1: expected a header with "bebop_rollouts": {FORMAT_VERSION}, found {lines[0][:60]!r}')
-    try:
-        header = RolloutHeader(**{k: v for k, v in first.items() if k != "bebop_rollouts"})
+        header = RolloutHeader(**found)
     except TypeError as error:
-        raise InputError(f"{path}:1: the header does not fit: {error}") from None
+        raise InputError(f"{place}: the header does not fit: {error}") from None
     for key, kind in (("vocab_size", int), ("temperature", int | float)):
         if not isinstance(value := getattr(header, key), kind) or isinstance(value, bool):
-            raise InputError(f"{path}:1: {key} is {value!r}, expected a number")
-    if lines.pop():
-        raise InputError(f"{path}:{len(lines) + 1}: the last line has no line end; the file is truncated, write it again")
-    rollouts = [_rollout(path, number, line, header) for number, line in enumerate(lines[1:], start=2)]
-    if not rollouts:
-        raise InputError(f"{path} has a header but no rollouts")
-    return header, rollouts
+            raise InputError(f"{place}: {key} is {value!r}, expected a number")
+    return header
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{number}: not JSON ({error.msg}); the file is damaged or truncated") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}")
-    return record
-
-
-def _rollout(path: Path, number: int, line: str, header: RolloutHeader) -> Rollout:
-    record = _parse(path, number, line)
-    for key in ("prompt_ids", "response_ids"):
-        ids = record.get(key)
-        if not isinstance(ids, list) or not ids:
-            raise InputError(
-                f"{path}:{number}: {key} is {'empty' if ids == [] else 'missing'}; expected a list of token ids"
-            )
-        if not all(type(i) is int and 0 <= i < header.vocab_size for i in ids):
-            raise InputError(f"{path}:{number}: {key} has an id that is no integer from 0 to {header.vocab_size - 1}")
+def _rollout(place: str, record: dict[str, Any], table: np.ndarray) -> Rollout:
+    prompt, response = (_ids(place, key, record.get(key), table) for key in ("prompt_ids", "response_ids"))
     texts = {key: record.get(key, default) for key, default in (("finish_reason", "stop"), ("source", ""))}
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise InputError(f"{path}:{number}: {key} is {value!r}, expected a string")
-    return Rollout(record["prompt_ids"], record["response_ids"], **texts)
+            raise InputError(f"{place}: {key} is {value!r}, expected a string")
+    return Rollout(prompt, response, **texts, place=place)
+
+
+def _ids(place: str, key: str, ids: Any, table: np.ndarray) -> list[int]:
+    if not isinstance(ids, list | np.ndarray) or not len(ids):
+        found = "missing" if ids is None else "empty" if isinstance(ids, list | np.ndarray) else repr(ids)[:40]
+        raise InputError(f"{place}: {key} is {found}; expected a list of token ids")
+    if isinstance(ids, np.ndarray) or set(map(type, ids)) == {int}:
+        array = np.asarray(ids)
+        if array.min() >= 0 and array.max() < len(table):
+            return table[array].tolist()
+    raise InputError(f"{place}: {key} has an id that is no integer from 0 to {len(table) - 1}")
 
 
 def check_rollouts_of(
-    backbone: Backbone, path: Path, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
+    backbone: Backbone, path: Path | str, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
 ) -> None:
-    """`check_rollouts` against a backbone; `max_length` 0 means what it takes."""
-    check_rollouts(
+    """Refuse rollouts that are not this backbone's own.
+
+    Args:
+        backbone: that shall be trained for, or evaluated on, these rollouts.
+        path, header, rollouts: what was read, and from where.
+        max_length: longest conversation in tokens; 0 means what the backbone takes.
+
+    Raises:
+        InputError: another vocabulary or tokenizer, or a conversation that is too long.
+    """
+    found = mismatches(
         path,
         header,
         rollouts,
@@ -149,38 +179,40 @@ def check_rollouts_of(
         tokenizer=load_tokenizer(backbone.directory),
         max_length=min(max_length or backbone.max_length, backbone.max_length),
     )
+    if problem := next(found, None):
+        raise InputError(problem)
 
 
-def check_rollouts(
-    path: Path,
+def mismatches(
+    path: Path | str,
     header: RolloutHeader,
     rollouts: Sequence[Rollout],
     *,
     vocab_size: int,
     tokenizer: Any,
     max_length: int,
-) -> None:
-    """Refuse rollouts that are not this model's own.
+) -> Iterator[str]:
+    """What shows that rollouts are not a model's own, a line each.
 
-    Raises:
-        InputError: another vocabulary or tokenizer, or a conversation longer than the model takes.
+    Args:
+        path, header, rollouts: what was read, and from where.
+        vocab_size, tokenizer, max_length: the model's; `max_length` in tokens of prompt and response.
     """
     if header.vocab_size != vocab_size:
-        raise InputError(
+        yield (
             f"{path} was sampled with a vocabulary of {header.vocab_size}, the backbone has {vocab_size}; "
             "sample rollouts from this backbone"
         )
     if header.tokenizer_hash != (own := tokenizer_hash(tokenizer)):
-        raise InputError(
+        yield (
             f"{path} was written with another tokenizer (hash {header.tokenizer_hash}, the backbone's is {own}); "
             "sample rollouts from this backbone"
         )
-    for number, rollout in enumerate(rollouts, start=2):
-        if len(rollout) > max_length:
-            raise InputError(
-                f"{path}:{number}: {len(rollout)} tokens, longer than the {max_length} of the backbone or `max_length`; "
-                "leave it out or raise max_length"
-            )
+    if too_long := [r for r in rollouts if len(r) > max_length]:
+        yield (
+            f"{too_long[0].place}: {len(too_long[0])} tokens, longer than the {max_length} of the backbone or `max_length` "
+            f"({len(too_long)} of {len(rollouts)} rollouts are); leave such out or raise max_length"
+        )
 
 
 def digest(rollouts: Iterable[Rollout]) -> str:

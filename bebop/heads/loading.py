@@ -16,6 +16,7 @@ from bebop.backbone import Backbone, checkpoint_shards
 from bebop.errors import InputError
 from bebop.families import Family
 from bebop.heads.head import MTPHead
+from bebop.sharding import whole
 
 _EXPERT = re.compile(r"(.*mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -25,10 +26,15 @@ def native_name(family: Family, name: str) -> str:
     return family.prefix + name.removeprefix("mtp_block.")
 
 
-def native_state_dict(head: MTPHead) -> dict[str, Tensor]:
-    """The head's tensors under their checkpoint names; experts one by one, as every engine reads them."""
+def native_state_dict(head: MTPHead, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The head's tensors under their checkpoint names; experts one by one, as every engine reads them.
+
+    Args:
+        head: says what the names are.
+        state: its state dict, where the head itself holds only parts of the tensors.
+    """
     result: dict[str, Tensor] = {}
-    for name, tensor in head.state_dict().items():
+    for name, tensor in (head.state_dict() if state is None else state).items():
         name = native_name(head.family, name)
         if name.endswith("mlp.experts.gate_up_proj"):  # [E, 2I, H], gate first
             for n, expert in enumerate(tensor):
@@ -134,7 +140,7 @@ def cold_start(head: MTPHead, backbone: Backbone) -> None:
     source = backbone.decoder.layers[last].state_dict()
     for name, tensor in head.part(family.layer).state_dict().items():
         if name in source:
-            tensor.copy_(source[name])
+            tensor.copy_(whole(source[name]))
         elif name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
             tensor.zero_()  # a Llama layer has none; in its Qwen2 form they are zero
         else:
@@ -181,12 +187,15 @@ def head_for(backbone: Backbone, source: str = "auto", attention: str = "sdpa") 
     return head.to(backbone.device), origin
 
 
-def save_head(head: MTPHead, directory: Path, facts: dict[str, Any]) -> None:
-    """Write head.safetensors (native names, fp32) and head.json (family and `facts`); the directory appears complete."""
+def save_head(head: MTPHead, directory: Path, facts: dict[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
+    """Write head.safetensors (native names, fp32) and head.json (family and `facts`); the directory appears complete.
+
+    `state` as for `native_state_dict`.
+    """
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in native_state_dict(head).items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in native_state_dict(head, state).items()}
     save_file(tensors, partial / "head.safetensors", metadata={"format": "pt"})
     (partial / "head.json").write_text(json.dumps({"family": head.family.name} | facts, indent=2) + "\n")
     shutil.copymode(partial / "head.json", partial / "head.safetensors")  # safetensors lets nobody else read its files

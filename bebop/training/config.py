@@ -26,7 +26,10 @@ class TrainConfig:
     """Every key of a training configuration; YAML key and command-line option have the same name."""
 
     backbone: str = _option("", "Directory or hub id of the frozen language model.")
-    rollouts: str = _option("", "Rollout file (JSON lines) that the backbone wrote.")
+    rollouts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Rollout files that the backbone wrote, or patterns of such: JSON lines or parquet."},
+    )
     output: str = _option("", "Directory of this run: configuration, metrics, checkpoints, head, report.")
     head: str = _option(
         "auto", "Where the head starts: 'auto' (the checkpoint's own, else a cold start), or a head directory of a run."
@@ -51,7 +54,8 @@ class TrainConfig:
     accumulate: int = _option(1, "Micro-batches of an optimiser step on one process.")
     max_length: int = _option(0, "Longest conversation in tokens; 0 means what the backbone takes.")
     held_out_share: float = _option(0.05, "Share of rollouts kept for evaluation, chosen by their hash.")
-    cache_states: bool = _option(False, "Compute backbone states once and keep them in memory, instead of every epoch.")
+    cache_states: bool = _option(False, "Compute backbone states once and keep them, instead of every epoch.")
+    states_directory: str = _option("", "Where cache_states keeps them for later runs too; '' keeps them in memory.")
     dtype: str = _option("auto", "Of backbone and compute: 'bf16', 'fp32', or 'auto' (bf16 where the machine has it).")
     chunk_mib: int = _option(512, "Budget for the logits of one chunk of the loss, in MiB.")
 
@@ -60,6 +64,7 @@ class TrainConfig:
     max_skipped_steps: int = _option(3, "Steps without finite loss and gradient are skipped; so many in a row end the run.")
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, beside the best by held-out accept length.")
     resume: str = _option("", "'auto' for the newest checkpoint in output, or a checkpoint directory; '' starts anew.")
+    dry_run: bool = _option(False, "Print parameters, memory and cost of a step from the model's config alone, and end.")
     tracker: str = _option("none", f"Where metrics go besides metrics.jsonl: {', '.join(TRACKERS)}.")
 
     def check(self) -> None:
@@ -105,6 +110,8 @@ class TrainConfig:
         for key in ("held_out_share", "warmup_share"):
             if not 0 <= getattr(self, key) < 1:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a share from 0 to below 1")
+        if self.states_directory and not self.cache_states:
+            raise InputError("states_directory is set but cache_states is not; set cache_states: true as well")
         if self.cold_start_steps > self.max_steps:
             raise InputError(f"cold_start_steps is {self.cold_start_steps}, more than max_steps ({self.max_steps})")
 
@@ -163,12 +170,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         try:
             values[key] = _convert(value, types[key])
         except (TypeError, ValueError):
-            raise InputError(f"{path}: {key} is {value!r}, expected {types[key].__name__}") from None
+            expected = "a string or a list of strings" if key == "rollouts" else types[key].__name__
+            raise InputError(f"{path}: {key} is {value!r}, expected {expected}") from None
     return values
 
 
 def _convert(value: Any, kind: Any) -> Any:
     """YAML's value as the field's type; YAML reads 1e-3 as a string."""
+    if kind == list[str]:
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, str) for v in values):
+            raise TypeError
+        return values
     if kind is bool or kind is str:
         if not isinstance(value, kind):
             raise TypeError

@@ -24,7 +24,8 @@ class Metrics:
         self.accelerator = accelerator
         self.path = run / METRICS_FILE
         if accelerator.log_with:
-            accelerator.init_trackers("bebop", config=asdict(config), init_kwargs={"wandb": {"dir": str(run)}})
+            keys = asdict(config) | {"rollouts": " ".join(config.rollouts)}  # TensorBoard takes no lists
+            accelerator.init_trackers("bebop", config=keys, init_kwargs={"wandb": {"dir": str(run)}})
 
     def truncate(self, step: int) -> None:
         """Forget what was logged after the step that a run resumes from."""

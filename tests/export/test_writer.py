@@ -88,9 +88,7 @@ def test_whoever_may_read_the_config_may_read_the_weights(target, head, tmp_path
     """An engine often runs as another user; safetensors writes files for their owner alone. Links are the target's."""
     (target / "config.json").chmod(0o644)
     export_head(tmp_path / "head", str(target), tmp_path / "export")
-    written = [
-        s for s in (tmp_path / "export").glob("*.safetensors") if s.stat().st_nlink == 1
-    ]
+    written = [s for s in (tmp_path / "export").glob("*.safetensors") if s.stat().st_nlink == 1]
     assert {shard.stat().st_mode & 0o777 for shard in written} == {0o644}
     head_files = {p.stat().st_mode for p in (tmp_path / "head").iterdir()}
     assert len(head_files) == 1

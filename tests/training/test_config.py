@@ -13,7 +13,7 @@ def test_yaml_then_command_line(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("backbone: b\nrollouts: r\noutput: o\nlearning_rate: 1e-3\nmax_steps: 7\ncache_states: true\n")
     config = parse_config(["--config", str(path), "--max_steps", "9", "--loss", "ce"])
-    assert config == TrainConfig("b", "r", "o", learning_rate=1e-3, max_steps=9, cache_states=True, loss="ce")
+    assert config == TrainConfig("b", ["r"], "o", learning_rate=1e-3, max_steps=9, cache_states=True, loss="ce")
 
 
 def test_resolved_configuration_reads_back(tmp_path):

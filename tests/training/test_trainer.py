@@ -18,7 +18,9 @@ from bebop.errors import InputError
 from bebop.heads.loading import head_for, native_state_dict, read_head
 from bebop.losses import E2ETVLoss
 from bebop.training.config import TrainConfig
-from bebop.training.trainer import Material, train
+from bebop.training.distribution import make_accelerator
+from bebop.training.material import Material
+from bebop.training.trainer import train
 from tests.rollouts import write_tiny_rollouts
 from tests.tiny_models import make_checkpoint
 
@@ -36,7 +38,7 @@ def make_config(tmp_path: Path, kind: str, **options) -> TrainConfig:
     }  # fmt: skip
     return TrainConfig(
         backbone=str(model),
-        rollouts=str(write_tiny_rollouts(tmp_path / "rollouts.jsonl", model)),
+        rollouts=[str(write_tiny_rollouts(tmp_path / "rollouts.jsonl", model))],
         output=str(tmp_path / "run"),
         **(defaults | options),
     )
@@ -98,7 +100,7 @@ def test_accumulated_micro_batches_normalise_over_the_whole_step(tmp_path):
     from bebop.data.batches import plan_micro_batches
     from bebop.data.rollouts import read_rollouts, split_held_out
 
-    lengths = [len(r) for r in split_held_out(read_rollouts(Path(small.rollouts))[1], 0.2)[0]]
+    lengths = [len(r) for r in split_held_out(read_rollouts(small.rollouts)[1], 0.2)[0]]
     small.accumulate = len(plan_micro_batches(lengths, 100, True, torch.Generator().manual_seed(0)))
     assert small.accumulate > 3
     train(small)
@@ -154,7 +156,7 @@ def test_runs_that_share_model_and_data_end_as_runs_alone(tmp_path):
     first, second = (
         dataclasses.replace(alone, output=str(tmp_path / name), loss=loss) for name, loss in (("a", "ce"), ("b", "e2e_tv"))
     )
-    material = Material.load(first, torch.device("cpu"))
+    material = Material.load(first, make_accelerator(first))
     train(first, material)
     states = material.train_states
     train(second, material)
@@ -195,7 +197,7 @@ def _truncate(path):
 
 
 def _in_rollouts(config, old, new):
-    path = Path(config.rollouts)
+    path = Path(config.rollouts[0])
     path.write_text(path.read_text().replace(old, new))
 
 
@@ -250,7 +252,7 @@ def test_a_step_that_is_not_finite_is_skipped(config, monkeypatch, caplog):
     assert [r["step"] for r in records(config, "training")] == [2, 5, 6]
     assert all(tensor.isfinite().all() for tensor in trained(config).values())
     assert "step 3 is skipped: loss nan" in caplog.text
-    assert any(rollout.key.hex()[:12] in caplog.text for rollout in read_rollouts(Path(config.rollouts))[1])
+    assert any(rollout.key.hex()[:12] in caplog.text for rollout in read_rollouts(config.rollouts)[1])
 
 
 def test_too_many_such_steps_end_the_run_and_leave_its_checkpoint(config, monkeypatch):
@@ -324,7 +326,7 @@ def _not_empty(config, tmp_path):
     ("change", "message"),
     [
         (lambda c, t: setattr(c, "backbone", str(t / "nothing")), "does not exist"),
-        (lambda c, t: setattr(c, "rollouts", str(t / "nothing.jsonl")), "does not exist"),
+        (lambda c, t: setattr(c, "rollouts", [str(t / "nothing.jsonl")]), "does not exist"),
         (lambda c, t: setattr(c, "max_length", 20), "longer than the 20"),
         (lambda c, t: setattr(c, "held_out_share", 0.0), "none is held-out"),
         (lambda c, t: setattr(c, "accumulate", 1000), "a step takes 1000"),
@@ -332,13 +334,13 @@ def _not_empty(config, tmp_path):
         (lambda c, t: setattr(c, "resume", str(t)), "is not a complete checkpoint"),
         (_bad_head, "has no head.safetensors"),
         (_not_empty, "exists and is not empty"),
-        (lambda c, t: setattr(c, "output", c.rollouts), "is a file"),
+        (lambda c, t: setattr(c, "output", c.rollouts[0]), "is a file"),
         (lambda c, t: setattr(c, "draft_steps", 0), "draft_steps is 0"),
         (lambda c, t: setattr(c, "draft_steps", 22), "too few for 22 draft steps"),
         (lambda c, t: _truncate(Path(c.backbone) / "model.safetensors"), "damaged or truncated"),
         (lambda c, t: _truncate(Path(c.backbone) / "tokenizer.json"), "tokenizer.json is damaged"),
-        (lambda c, t: _truncate(Path(c.rollouts)), "truncated"),
-        (lambda c, t: Path(c.rollouts).write_bytes(b"PAR1\xff\xfe"), "is not a text file"),
+        (lambda c, t: _truncate(Path(c.rollouts[0])), "truncated"),
+        (lambda c, t: Path(c.rollouts[0]).write_bytes(b"PAR1\xff\xfe"), "is not a text file"),
         (lambda c, t: _in_rollouts(c, '"vocab_size": 131', '"vocab_size": 150'), "the backbone has 131"),
         (lambda c, t: _in_rollouts(c, '"tokenizer_hash": "', '"tokenizer_hash": "0'), "another tokenizer"),
     ],

@@ -1,0 +1,68 @@
+"""A frozen model whose decoder layers are split over processes, as FSDP2 does it.
+
+A layer's weights are gathered when it runs and dropped behind it. Embedding, final norm and lm_head stay whole on every
+process: the loss takes the whole lm_head for most of a step anyway, so that splitting it would save nothing at the peak and
+cost a gather every step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from bebop.errors import InputError
+
+
+def load_sharded(load: Callable[[], Any], skeleton: Callable[[], Any], device: torch.device) -> Any:
+    """A model that process 0 alone reads, in its main memory, and sends to all others layer by layer.
+
+    Args:
+        load: the model with its weights on the CPU; called on process 0.
+        skeleton: the same on the meta device.
+        device: of this process.
+
+    Raises:
+        InputError: what `load` raised on process 0, on every process.
+    """
+    model: Any = None
+    failed: list[InputError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            model = load()
+        except InputError as error:
+            failed = [error]
+    dist.broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+    sharded = skeleton()
+    decoder = sharded.get_decoder()
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    in_layers = set(decoder.layers.parameters())
+    # The root manages no weights; it lets the layers share streams, so that one is gathered while another runs.
+    fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()) - in_layers)
+    sharded.to_empty(device=device)
+    state = {} if model is None else model.state_dict()
+    set_model_state_dict(sharded, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    sharded.tie_weights()
+    # Its buffers are in no state dict; they depend on the config alone.
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=decoder.config).to(device)
+    return sharded
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A weight gathered from all processes if it is split over them; then all of them must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def checksums(module: nn.Module) -> dict[str, int]:
+    """A hash of the bits of every parameter, of the part that lies on this process: says whether anything changed them."""
+    parts = {n: p.to_local() if isinstance(p, DTensor) else p for n, p in module.named_parameters()}
+    return {name: int(torch.hash_tensor(part.detach()).item()) for name, part in parts.items() if part.numel()}

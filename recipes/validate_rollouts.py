@@ -1,0 +1,104 @@
+"""What rollout files hold, and whether a head can be trained on them.
+
+    python recipes/validate_rollouts.py 'rollouts/*.jsonl' --model Qwen/Qwen2.5-7B-Instruct
+
+Ends with exit code 0 if it can, else with 1 and a line for each problem.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bebop.data.validation import Validation, validate
+from bebop.errors import InputError
+from bebop.training.config import TrainConfig
+
+
+def main() -> None:
+    defaults = TrainConfig()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("files", nargs="+", help="rollout files or patterns of such")
+    parser.add_argument(
+        "--model", help="directory or hub id: compare tokenizer, vocabulary and length, and show tokens as text"
+    )
+    parser.add_argument(
+        "--tokens-per-micro-batch", type=int, default=defaults.tokens_per_micro_batch, help="to measure the padding at"
+    )
+    parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, help="K")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to; replaced if it exists")
+    try:
+        found = _validate(parser.parse_args())
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    _print(found, Console(markup=False))
+    if found.problems:
+        sys.exit("\n".join(f"error: {problem}" for problem in found.problems))
+
+
+def _validate(arguments: argparse.Namespace) -> Validation:
+    for key in ("tokens_per_micro_batch", "draft_steps"):
+        if getattr(arguments, key) < 1:
+            raise InputError(f"--{key.replace('_', '-')} is {getattr(arguments, key)}, expected 1 or more")
+    found = validate(
+        arguments.files,
+        draft_steps=arguments.draft_steps,
+        tokens_per_micro_batch=arguments.tokens_per_micro_batch,
+        model=arguments.model,
+    )
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        partial = arguments.json.with_name(arguments.json.name + ".partial")
+        partial.write_text(json.dumps(asdict(found), indent=2) + "\n")
+        partial.rename(arguments.json)
+    return found
+
+
+def _print(found: Validation, console: Console) -> None:
+    facts = Table(title="Rollouts", show_header=False)
+    rows = {
+        "files": "\n".join(found.files),
+        "sampled by": f"{found.header.model} at temperature {found.header.temperature}",
+        "rollouts": f"{found.rollouts:,}",
+        "tokens": f"{found.tokens:,}",
+        "supervised": f"{found.supervised_share:.1%} of the tokens",
+        "finish reasons": _counts(found.finish_reasons),
+        "sources": _counts(found.sources),
+        "duplicates": f"{found.duplicates:,}",
+        "too short for a whole chain": f"{found.too_short:,}",
+        "padding": f"{found.padding_share['packed']:.1%} packed, {found.padding_share['one_a_row']:.1%} one document a row",
+    }
+    for row in rows.items():
+        facts.add_row(*row)
+
+    lengths = Table("", *("min" if p == 0 else "max" if p == 100 else f"{p}%" for p in found.prompt_lengths), title="Tokens")
+    for name, values in (("prompt", found.prompt_lengths), ("response", found.response_lengths)):
+        lengths.add_row(name, *(f"{value:,}" for value in values.values()))
+
+    histogram = Table("tokens", "responses", "", title="Response lengths")
+    most = max(found.response_histogram.values())
+    for low, count in found.response_histogram.items():
+        histogram.add_row(f"{low:,} to {2 * low - 1:,}", f"{count:,}", "█" * -(-40 * count // most))
+
+    tokens = Table("id", "text", "share", title="Most frequent response tokens")
+    for token, text, share in found.frequent_tokens:
+        tokens.add_row(str(token), text, f"{share:.2%}")
+
+    for table in (facts, lengths, histogram, tokens):
+        console.print(table)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", soft_wrap=True)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name or '(none)'} {count:,}" for name, count in counts.items())
+
+
+if __name__ == "__main__":
+    main()

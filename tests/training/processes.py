@@ -1,0 +1,59 @@
+"""Runs in processes of their own, one or several under a strategy of recipes/accelerate, on a CPU."""
+
+import multiprocessing
+import os
+import socket
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+
+from bebop.training.config import TrainConfig
+from bebop.training.trainer import train
+
+STRATEGIES = Path(__file__).parents[2] / "recipes" / "accelerate"
+
+
+def start(config: TrainConfig, strategy: Path | None = None, processes: int = 1) -> list[BaseProcess]:
+    """One process in which nothing of accelerate is set; or so many, as `accelerate launch --config_file` starts them."""
+    # Children of a server that has imported all this and computed nothing: they start at once, and in a clean state.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "deepspeed"])
+    environments: list[dict[str, str]] = [{}]
+    if strategy is not None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        shared = launch_environment(strategy, processes)
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        shared |= {"LOCAL_WORLD_SIZE": str(processes), "OMP_NUM_THREADS": "1"}
+        environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [context.Process(target=_train, args=(config, environment)) for environment in environments]
+    for process in started:
+        process.start()
+    return started
+
+
+def launch_environment(strategy: Path, processes: int) -> dict[str, str]:
+    """What `accelerate launch` adds to the environment of the processes it starts."""
+    arguments = ["--config_file", str(strategy), "--num_processes", str(processes), "script.py"]
+    found: dict[str, str] = {}
+    with patch("torch.distributed.run.run", lambda _: found.update(os.environ)):
+        launch_command(launch_command_parser().parse_args(arguments))
+    return {name: value for name, value in found.items() if os.environ.get(name) != value}
+
+
+def _train(config: TrainConfig, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    if environment:
+        torch.set_num_threads(1)
+        # accelerate starts FSDP and DeepSpeed on accelerators alone. What it asks is which backend and kind of device there
+        # are; told gloo and a GPU that is called "cpu", it goes on as it would.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        on_accelerators = {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & environment.keys()
+        kind = DistributedType.MULTI_GPU if on_accelerators else DistributedType.MULTI_CPU
+        PartialState._prepare_backend = lambda self, *_, **__: ("gloo", kind)
+    train(config)
