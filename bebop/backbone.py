@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ _FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # weights, 
 _FINGERPRINTED = re.compile(r"(?:model\.|model\.language_model\.|language_model\.model\.)(norm|embed_tokens)\.weight")
 
 
-def resolve_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str, weights: bool = True) -> Path:
     """Directory of a model given as a directory or hub id, with its config and safetensors checked for completeness.
+
+    Without `weights` those are neither fetched nor checked.
 
     Raises:
         InputError: no such directory or hub model, no config.json, no safetensors, or a damaged or truncated file.
@@ -37,14 +40,15 @@ def resolve_checkpoint(name: str) -> Path:
         if directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
             raise InputError(f"model directory {name!r} does not exist (nor is it a hub id of the form owner/name)")
         try:
-            directory = Path(snapshot_download(name, allow_patterns=_FILES))
+            files = _FILES if weights else [pattern for pattern in _FILES if pattern != "*.safetensors"]
+            directory = Path(snapshot_download(name, allow_patterns=files))
         except Exception as error:
             raise InputError(
                 f"model {name!r} is neither a local directory nor could it be fetched from the hub: {_one_line(error)}"
             ) from error
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
-    for shard in checkpoint_shards(directory):
+    for shard in checkpoint_shards(directory) if weights else []:
         try:
             with safe_open(shard, framework="pt"):
                 pass
@@ -149,11 +153,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerFast:
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory)
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise InputError(f"{directory}/tokenizer.json is damaged ({_one_line(error)}); fetch it again") from error
+        raise InputError(
+            f"{directory}/tokenizer.json or tokenizer_config.json is damaged ({_one_line(error)}); fetch them again"
+        ) from error
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
 
 
 def load_model(directory: Path, **options: Any) -> tuple[Any, list[str]]:
@@ -164,17 +170,27 @@ def load_model(directory: Path, **options: Any) -> tuple[Any, list[str]]:
         options: of `from_pretrained`; device_map="meta" matches names and shapes without reading weights.
 
     Raises:
-        InputError: tensors of another shape than config.json says.
+        InputError: tensors of another shape than config.json says, or a config.json that makes no model.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **options)
-    except RuntimeError as error:
-        raise InputError(f"{directory} does not match its config.json: {_one_line(error)}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:  # a config.json that says nonsense fails somewhere in the model's own code
+        raise InputError(
+            f"{directory} cannot be loaded as its config.json says ({type(error).__name__}: {_one_line(error)})"
+        ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
     model, report = loaded
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored, expected = mismatched[0]
+        raise InputError(
+            f"{directory} does not match its config.json: {name} is {tuple(stored)}, config.json makes it {tuple(expected)}; "
+            "fetch both again"
+        )
     return model, sorted(report["missing_keys"])
 
 

@@ -10,7 +10,6 @@ number of steps; a seed is another order of the data. What is done is kept: the 
 import argparse
 import json
 import logging
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rich.console import Console
 
 from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, digest, read_rollouts
 from bebop.data.states import StateCache
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
 from bebop.evaluation.acceptance import chain_statistics_at
 from bebop.evaluation.comparison import (
     Compared,
@@ -44,6 +43,7 @@ from bebop.training.distribution import make_accelerator
 from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE
 from bebop.training.trainer import train
+from bebop.writing import check_parents
 
 COLD_START = "lk_hybrid, then e2e_tv"
 RANGE = "e2e_tv over temperatures"
@@ -66,10 +66,8 @@ def main() -> None:
     parser.add_argument("--baseline", default="ce", help="objective that the others are compared with")
     parser.add_argument("--held-out", nargs="+", type=Path, required=True, help="rollout files to compare the heads on")
     arguments, rest = parser.parse_known_args()
-    try:
+    with errors_as_one_line():
         _compare(arguments, parse_config(rest))
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def variant(config: TrainConfig, objective: str, seed: int, arguments: argparse.Namespace) -> TrainConfig:
@@ -90,6 +88,7 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
         raise InputError(f"--objectives has {sorted(unknown)}; expected some of: {'; '.join(OBJECTIVES)}")
     if len({path.stem for path in arguments.held_out}) < len(arguments.held_out):
         raise InputError("--held-out has files of the same name; results are kept by name, rename one")
+    check_parents(Path(config.output) / "runs")
     if arguments.seeds < 1:
         raise InputError(f"--seeds is {arguments.seeds}, expected 1 or more")
     low, high = arguments.range

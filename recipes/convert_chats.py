@@ -9,14 +9,15 @@ the acceptance that is reported is biased; recipes/generate_rollouts.py lets the
 
 import argparse
 import logging
-import sys
+import math
 from pathlib import Path
 
 from bebop.backbone import load_tokenizer, read_config, resolve_checkpoint
 from bebop.data.chat import ChatConverter, end_tokens
 from bebop.data.conversations import read_conversations
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash, write_rollouts
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
+from bebop.writing import check_new
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +43,22 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, help="rollout file to write, *.jsonl, *.jsonl.gz or *.parquet; must not exist"
     )
-    try:
-        _convert(parser.parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        _convert(arguments)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    if arguments.output.exists():
-        raise InputError(f"output {arguments.output} exists; choose another name or remove it")
-    if not arguments.temperature > 0:
+    check_new(arguments.output)
+    if not {".jsonl", ".parquet"} & set(arguments.output.suffixes[-2:]):
+        raise InputError(
+            f"output {arguments.output} ends in neither .jsonl, .jsonl.gz (or the like) nor .parquet; choose one"
+        )
+    if not 0 < arguments.temperature < math.inf:
         raise InputError(f"--temperature is {arguments.temperature}, expected a number above 0")
     if arguments.count is not None and arguments.count < 1:
         raise InputError(f"--count is {arguments.count}, expected 1 or more")
-    directory = resolve_checkpoint(arguments.model)
+    directory = resolve_checkpoint(arguments.model, weights=False)
     tokenizer, config = load_tokenizer(directory), read_config(directory).get_text_config()
     converter = ChatConverter(tokenizer, end_tokens(directory, tokenizer), config.max_position_embeddings)
     options = {key: getattr(arguments, key) for key in ("config", "split", "column", "source")}

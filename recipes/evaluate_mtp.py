@@ -8,10 +8,9 @@ count acceptance with the reference decoder as well. Writes report.html, evaluat
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from bebop.errors import InputError
+from bebop.errors import errors_as_one_line
 from bebop.evaluation.study import Study, run_study
 
 
@@ -56,10 +55,9 @@ def main() -> None:
     parser.add_argument(
         "--tokens-per-batch", type=int, default=4096, help="most tokens, padding included, of a forward pass"
     )
-    try:
-        run_study(Study(**vars(parser.parse_args())))
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    study = Study(**vars(parser.parse_args()))
+    with errors_as_one_line():
+        run_study(study)
 
 
 if __name__ == "__main__":

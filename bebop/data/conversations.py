@@ -12,6 +12,8 @@ from datasets import load_dataset
 
 from bebop.errors import InputError
 
+_ENDINGS = (".json", ".jsonl", ".parquet", ".gz", ".bz2", ".xz", ".zst")
+
 
 @dataclass
 class Conversation:
@@ -71,8 +73,12 @@ def _conversations(names: Sequence[str], data_set: Any, column: str, source: str
 
 
 def _load(names: Sequence[str], config: str | None, split: str, streaming: bool) -> Any:
-    if len(names) == 1 and not has_magic(names[0]) and not Path(names[0]).is_file():
+    if len(names) == 1 and not has_magic(names[0]) and Path(names[0]).suffix not in _ENDINGS:
         return load_dataset(names[0], config, split=split, streaming=streaming)
+    if missing := [name for name in names if not has_magic(name) and not Path(name).is_file()]:
+        raise InputError(
+            f"data set file {missing[0]} does not exist; expected a hub id, a directory, or JSON or parquet files"
+        )
     builders = {"parquet" if name.endswith(".parquet") else "json" for name in names}
     if len(builders) > 1:
         raise InputError(f"{' '.join(names)} are of several formats; give JSON files or parquet files")
@@ -91,7 +97,8 @@ def _refusing(names: Sequence[str]) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # datasets raises many kinds, those of the formats' readers among them
-        reason = str(error).strip().partition("\n")[0]
+        cause = error.__cause__ or error  # what the reader of the format said
+        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
         raise InputError(
             f"data set {' '.join(names)} cannot be read ({reason}); expected a hub id, a directory, or JSON or parquet files"
         ) from error

@@ -18,6 +18,7 @@ from fsspec.compression import available_compressions
 from fsspec.implementations.local import LocalFileSystem
 
 from bebop.errors import InputError
+from bebop.writing import complete
 
 HEADER_KEY = "bebop_rollouts"  # of the version in a header, and of the whole header in parquet's metadata
 _IDS = pa.list_(pa.int32())
@@ -37,6 +38,8 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         matches = (
             [name] if os.path.isfile(name) else [match for match in glob(name, recursive=True) if os.path.isfile(match)]
         )
+        if os.path.isdir(name):
+            raise InputError(f"{path} is a directory; give the rollout files in it, as '{path}/*.jsonl'")
         if not matches:
             raise InputError(f"rollout file {path} does not exist; write one with recipes/generate_rollouts.py")
         for match in matches:
@@ -51,6 +54,8 @@ def read_header(path: Path) -> tuple[str, dict[str, Any]]:
         InputError: the file cannot be read or has no header.
     """
     place, text = (f"{path}'s schema", _parquet_header(path)) if _is_parquet(path) else (f"{path}:1", _first_line(path))
+    if not text.strip():
+        raise InputError(f'{place} is empty; expected a header with "{HEADER_KEY}", and rollouts behind it')
     header = _parse(place, text)
     if HEADER_KEY not in header:
         raise InputError(f'{place}: expected a header with "{HEADER_KEY}", found {text[:60]!r}')
@@ -78,11 +83,11 @@ def write_file(path: Path, header: dict[str, Any], records: Iterable[dict[str, A
     """Write a file that appears under its name once it is complete. Returns the number of records.
 
     Raises:
-        InputError: a compression that needs a package which is not there.
+        InputError: a compression that needs a package which is not there; or the file cannot be written.
     """
     compression = _compression(path)
     text = json.dumps(header)
-    with _complete(path) as partial:
+    with complete(path) as partial:
         if _is_parquet(path):
             return _write_parquet(partial, text, iter(records))
         count = 0
@@ -92,20 +97,6 @@ def write_file(path: Path, header: dict[str, Any], records: Iterable[dict[str, A
                 file.write(json.dumps(record) + "\n")
                 count += 1
     return count
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A name to write under, which becomes `path` when the block is done and the content is on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _is_parquet(path: Path) -> bool:
@@ -129,6 +120,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError:
         raise InputError(f"{path} is not a text file; expected JSON lines, or a name that ends in .parquet") from None
     except Exception as error:  # every compression has an exception of its own
+        if isinstance(error, OSError) and error.strerror:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
         raise InputError(f"{path} is damaged or truncated ({error}); write it again") from error
 
 
@@ -139,8 +132,8 @@ def _first_line(path: Path) -> str:
 def _parse(place: str, text: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON ({error.msg}); the file is damaged or truncated") from None
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets thousands deep
+        raise InputError(f"{place}: not JSON ({getattr(error, 'msg', error)}); the file is damaged or truncated") from None
     if not isinstance(record, dict):
         raise InputError(f"{place}: expected a JSON object, found {text[:40]!r}")
     return record

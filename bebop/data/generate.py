@@ -2,16 +2,23 @@
 
 The prompts follow Magpie (arXiv 2406.08464): an instruction-tuned model that is given its chat template up to the opening of
 the user's turn goes on with something a user might say.
+
+Tokens are drawn from the softmax of logits over temperature. What a model's generation_config.json says of top-k, top-p or
+penalties is left aside; its end tokens count.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
+from bebop.backbone import read_config
+from bebop.data.progress import RolloutBar
+from bebop.data.prompts import Prompt
 from bebop.data.rollouts import Rollout
 from bebop.errors import InputError
 from bebop.sampling import draw
@@ -64,9 +71,9 @@ def _write_dialogues(
     temperatures: tuple[float, float],
     most: tuple[int, int],
     generator: torch.Generator,
-    progress: Callable[[float], None],
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompts and answers of those of `size` dialogues that got that far; half an answer counts half for progress."""
+    progress: Callable[[float, int], None],
+) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Row, prompt and answer of those of `size` dialogues that got that far; half an answer counts half for progress."""
     device = model.device
     dialogues = _Dialogues(size, after, stop, most, device)
     both = torch.tensor(temperatures, device=device)
@@ -86,13 +93,30 @@ def _write_dialogues(
             cache.reorder_cache(alive.nonzero().squeeze(1))  # type: ignore[arg-type]
             running = running[alive]
         inputs = tokens[running].unsqueeze(1)
-        progress(torch.where(dialogues.done, dialogues.answering, dialogues.response_tokens / most[1]).sum().item())
-    for text, asked, answered in zip(
-        texts.tolist(), dialogues.prompt_tokens.tolist(), dialogues.response_tokens.tolist(), strict=True
+        answers = torch.where(dialogues.done, dialogues.answering, dialogues.response_tokens / most[1]).sum().item()
+        progress(answers, len(running))
+    for row, (text, asked, answered) in enumerate(
+        zip(texts.tolist(), dialogues.prompt_tokens.tolist(), dialogues.response_tokens.tolist(), strict=True)
     ):
         if answered:
             start = len(before) + asked - 1 + len(after)
-            yield text[:start], text[start : start + answered]
+            yield row, text[:start], text[start : start + answered]
+
+
+def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
+    """Tokens at which an engine ends an answer: all of the model's generation config, and the tokenizer's.
+
+    Args:
+        directory: of the checkpoint; config.json serves where there is no generation_config.json.
+        tokenizer: the model's.
+    """
+    try:
+        config = GenerationConfig.from_pretrained(directory)
+    except OSError:
+        config = GenerationConfig.from_model_config(read_config(directory))
+    ends = config.eos_token_id
+    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
 
 
 def chat_openings(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -114,55 +138,77 @@ def chat_openings(tokenizer: Any) -> tuple[list[int], list[int]]:
     return before, after
 
 
+def check_openings(
+    tokenizer: Any, max_prompt_tokens: int, max_response_tokens: int, max_length: int
+) -> tuple[list[int], list[int]]:
+    """`chat_openings` for turns of these lengths.
+
+    Raises:
+        InputError: as of `chat_openings`, or a model that takes `max_length` tokens has no room for the turns.
+    """
+    before, after = chat_openings(tokenizer)
+    longest = len(before) + max_prompt_tokens + len(after) + max_response_tokens
+    if longest > max_length:
+        raise InputError(f"prompt and answer may take {longest} tokens with the chat template, the model takes {max_length}")
+    return before, after
+
+
 def generate_rollouts(
     model: Any,
     tokenizer: Any,
     *,
     count: int,
     temperature: float,
+    stop: Sequence[int],
     prompt_temperature: float = 1.0,
     max_prompt_tokens: int = 64,
     max_response_tokens: int = 256,
     batch_size: int = 128,
     seed: int = 0,
-) -> Iterator[Rollout]:
+    written: Counter[int] | None = None,
+) -> Iterator[tuple[int, Rollout]]:
     """Conversations that the model holds with itself, in token ids, sampled without top-k or top-p.
 
     Prompts that do not end within `max_prompt_tokens`, or are empty, are thrown away; answers that do not end within
-    `max_response_tokens` are kept, with finish_reason "length". Shows a progress bar with the time left.
+    `max_response_tokens` are kept, with finish_reason "length". Shows a progress bar with the time left. A run that goes on
+    writes what it would have written without a stop.
 
     Args:
         model, tokenizer: a causal language model with a chat template.
-        count: how many rollouts.
+        count: how many rollouts, those of `written` included.
         temperature: of the answers; the one the head will serve at.
+        stop: tokens that end an answer, besides the one that ends a turn in the chat template.
         prompt_temperature: of the prompts.
         max_prompt_tokens, max_response_tokens: most new tokens of the two turns.
         batch_size: sequences sampled at once.
         seed: of all sampling.
+        written: rollouts there are from an earlier run of the same settings, by prompt number.
+
+    Yields:
+        The number of the prompt, those thrown away counted, and the rollout.
+
+    Raises:
+        InputError: the texts may be longer than the model takes, it has no chat template, or its prompts never end.
     """
-    before, after = chat_openings(tokenizer)
-    longest = len(before) + max_prompt_tokens + len(after) + max_response_tokens
-    if longest > (most := model.config.get_text_config().max_position_embeddings):
-        raise InputError(f"prompt and answer may take {longest} tokens with the chat template, the model takes {most}")
-    # An engine ends an answer at any of the model's end tokens, so rollouts do.
-    ends = model.generation_config.eos_token_id
-    stop = sorted({after[0], *(ends if isinstance(ends, list) else [] if ends is None else [ends])})
-    done = done_before = batch_number = 0
-    with tqdm(total=count, unit="rollout", desc="rollouts") as bar:
-
-        def show(in_this_batch: float) -> None:
-            bar.update(min(count, int(done_before + in_this_batch)) - bar.n)
-
+    written = Counter(written)
+    most = model.config.get_text_config().max_position_embeddings
+    before, after = check_openings(tokenizer, max_prompt_tokens, max_response_tokens, most)
+    stop = sorted({after[0], *stop})
+    done = written.total()
+    # The last batch may be written in part: its seed gives the same dialogues again.
+    batch_number = max(written, default=0) // batch_size
+    with RolloutBar(count, done) as bar:
         while done < count:
             generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + batch_number)
+            first = batch_number * batch_size
             batch_number += 1
-            done_before = done
+            bar.begin_batch(done - sum(number >= first for number in written))
             limits = (max_prompt_tokens, max_response_tokens)
-            for prompt, response in _write_dialogues(
-                model, before, after, stop, batch_size, (prompt_temperature, temperature), limits, generator, show
+            for row, prompt, response in _write_dialogues(
+                model, before, after, stop, batch_size, (prompt_temperature, temperature), limits, generator, bar.show_batch
             ):
-                if done < count:
-                    yield Rollout(prompt, response, "stop" if response[-1] in stop else "length")
+                if done < count and first + row not in written:
+                    yield first + row, Prompt(first + row, prompt).answered(response, stop)
                     done += 1
             if done == 0 and batch_number == 3:
                 raise InputError(

@@ -9,8 +9,9 @@ on it drafts badly in an engine.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def write_rollouts(path: Path, header: RolloutHeader, rollouts: Iterable[Rollout
         header, rollouts: what to write.
 
     Raises:
-        InputError: .zst without the package for it.
+        InputError: .zst without the package for it; or the file cannot be written.
     """
     return write_file(path, {HEADER_KEY: FORMAT_VERSION} | asdict(header), (r.record for r in rollouts))
 
@@ -126,15 +127,25 @@ def read_rollout_header(path: Path) -> RolloutHeader:
         InputError: the file cannot be read, or has no header that fits.
     """
     place, found = read_header(path)
-    if (version := found.pop(HEADER_KEY)) != FORMAT_VERSION:
+    if (version := found.pop(HEADER_KEY)) != FORMAT_VERSION or isinstance(version, bool):
         raise InputError(f'{place}: expected a header with "{HEADER_KEY}": {FORMAT_VERSION}, found {version!r}')
     try:
         header = RolloutHeader(**found)
-    except TypeError as error:
-        raise InputError(f"{place}: the header does not fit: {error}") from None
-    for key, kind in (("vocab_size", int), ("temperature", int | float)):
-        if not isinstance(value := getattr(header, key), kind) or isinstance(value, bool):
-            raise InputError(f"{place}: {key} is {value!r}, expected a number")
+    except TypeError:
+        needed = ", ".join(f.name for f in fields(RolloutHeader) if f.name != "sampling")
+        raise InputError(
+            f"{place}: the header does not fit: it has {', '.join(found) or 'nothing'}; expected {needed}, and sampling or not"
+        ) from None
+    expected = {
+        "model": ("a string", lambda v: isinstance(v, str)),
+        "tokenizer_hash": ("a string", lambda v: isinstance(v, str)),
+        "vocab_size": ("a number from 1 to 2147483647", lambda v: isinstance(v, int) and 1 <= v < 2**31),
+        "temperature": ("a number from 0 on", lambda v: isinstance(v, int | float) and 0 <= v < math.inf),
+        "sampling": ("an object", lambda v: isinstance(v, dict)),
+    }
+    for key, (kind, fits) in expected.items():
+        if not fits(value := getattr(header, key)) or isinstance(value, bool):
+            raise InputError(f"{place}: {key} is {value!r}, expected {kind}")
     return header
 
 

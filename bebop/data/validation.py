@@ -71,7 +71,7 @@ def validate(
     Raises:
         InputError: the files cannot be read or do not belong together; the model cannot be found.
     """
-    directory = None if model is None else resolve_checkpoint(model)
+    directory = None if model is None else resolve_checkpoint(model, weights=False)
     tokenizer = None if directory is None else load_tokenizer(directory)
     header, rollouts = read_rollouts(paths)
     files = find_files(paths)

@@ -1,10 +1,12 @@
 """Acceptance of a head on held-out rollouts, from the same chain statistics as training, without gradients."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -75,21 +77,26 @@ def pair_values(stats: ChainStats) -> dict[str, Tensor]:
     return values | {name: stats.values[name] for name in ("kl", "target_entropy") if name in stats.values}
 
 
-def summarise(batches: Iterable[ChainStats]) -> Acceptance:
+def summarise(batches: Iterable[ChainStats], accelerator: Accelerator | None = None) -> Acceptance:
     """Acceptance over all chains of all batches.
+
+    Args:
+        batches: their statistics; at least one.
+        accelerator: adds up what its processes have, each of batches of its own; None: these are all.
 
     Raises:
         InputError: no valid pair at all, or none at some step.
     """
     sums: dict[str, Tensor] = {}
-    count: Tensor | None = None
     for stats in batches:
-        here = stats.valid.sum(1).double().cpu()
-        count = here if count is None else count + here
-        for name, value in pair_values(stats).items():
-            total = torch.where(stats.valid, value.double(), 0.0).sum(1).cpu()
-            sums[name] = sums.get(name, torch.zeros_like(total)) + total
-    if count is None or bool((count == 0).any()):
+        found = {n: torch.where(stats.valid, value.double(), 0.0).sum(1) for n, value in pair_values(stats).items()}
+        found["pairs"] = stats.valid.sum(1).double()
+        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+    if accelerator is not None:
+        sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
+    sums = {name: value.cpu() for name, value in sums.items()}
+    count = sums.pop("pairs")
+    if bool((count == 0).any()):
         raise InputError(
             "the held-out rollouts have no response long enough for every draft step; hold out more or lower draft_steps"
         )
@@ -125,6 +132,8 @@ def chain_statistics_at(
     chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     states: StateCache | None = None,
     progress: str | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[list[ChainStats]]:
     """Chain statistics of all anchors of the rollouts at several temperatures, batch by batch.
 
@@ -140,15 +149,19 @@ def chain_statistics_at(
         tokens_per_micro_batch, chunk_bytes: what is in memory at once.
         states: the backbone's states of these rollouts, if they are at hand.
         progress: what to call this on a progress bar; no bar if None.
+        process, processes: this process takes every so manieth batch. All make the same number of passes, as they must where
+            weights are split over them; where one has no batch left, the statistics it returns have no valid pair.
 
     Returns:
         for every batch the statistics at each temperature, with `documents` set: indices of rollouts, -1 where padded.
     """
     plan = plan_micro_batches([len(r) for r in rollouts], tokens_per_micro_batch, backbone.packs_documents)
+    own = plan[process::processes]
+    passes = own + plan[:1] * (math.ceil(len(plan) / processes) - len(own))
     was_training = head.training
     head.eval()
     try:
-        for rows in tqdm(plan, desc=progress, unit="batch", disable=progress is None):
+        for number, rows in enumerate(tqdm(passes, desc=progress, unit="batch", disable=progress is None)):
             batch = make_batch(rows, rollouts).to(backbone.device)
             hidden, target, targets = draft(
                 head,
@@ -177,11 +190,25 @@ def chain_statistics_at(
             ]
             for stats in found:
                 stats.documents = batch.documents.reshape(-1)
+                if number >= len(own):
+                    stats.valid = torch.zeros_like(stats.valid)
             yield found
     finally:
         head.train(was_training)
 
 
-def evaluate(head: MTPHead, backbone: Backbone, rollouts: Sequence[Rollout], **options: Any) -> Acceptance:
-    """Acceptance of the head's drafts on the backbone's own rollouts. Arguments as for `chain_statistics_of`."""
-    return summarise(chain_statistics_of(head, backbone, rollouts, **options))
+def evaluate(
+    head: MTPHead,
+    backbone: Backbone,
+    rollouts: Sequence[Rollout],
+    *,
+    accelerator: Accelerator | None = None,
+    **options: Any,
+) -> Acceptance:
+    """Acceptance of the head's drafts on the backbone's own rollouts. Arguments as for `chain_statistics_of`.
+
+    With an accelerator its processes share the batches, and all get the same result.
+    """
+    if accelerator is not None:
+        options |= {"process": accelerator.process_index, "processes": accelerator.num_processes}
+    return summarise(chain_statistics_of(head, backbone, rollouts, **options), accelerator)

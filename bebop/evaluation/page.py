@@ -11,6 +11,8 @@ import rich.markup
 import rich.table
 from matplotlib.figure import Figure
 
+from bebop.writing import complete
+
 _PAGE = jinja2.Template(
     """<!doctype html>
 <html lang="en">
@@ -101,6 +103,5 @@ def write_page(directory: Path, title: str, sections: Sequence[Section]) -> Path
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name once it is complete."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.rename(path)
+    with complete(path) as partial:
+        partial.write_bytes(content)

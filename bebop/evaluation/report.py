@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from bebop.writing import complete
+
 
 def write_report(run: Path) -> None:
     """Write report.json and report.png into the run's directory from its metrics.jsonl, and print the table."""
@@ -15,9 +17,9 @@ def write_report(run: Path) -> None:
     training = [r for r in records if r["kind"] == "training"]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
     before, after = evaluations[0], evaluations[-1]
-    (run / "report.json").write_text(
-        json.dumps({"before": before, "after": after, "time": _time(training)}, indent=2) + "\n"
-    )
+    report = {"before": before, "after": after, "time": _time(training)}
+    with complete(run / "report.json") as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n")
     _plot(training, evaluations, run / "report.png")
     console = Console()
     console.print(_table(before, after))
@@ -93,6 +95,5 @@ def _plot(training: list[dict[str, Any]], evaluations: list[dict[str, Any]], pat
     right.set(xlabel="draft step", ylabel="acceptance probability alpha", title="Acceptance per draft step", ylim=(0, 1))
     right.set_xticks(list(depth))
     right.legend()
-    partial = path.with_name(path.stem + ".partial.png")
-    figure.savefig(partial, dpi=130)
-    partial.rename(path)
+    with complete(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)

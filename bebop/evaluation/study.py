@@ -21,11 +21,12 @@ from bebop.evaluation.decoding import Decoded, speculative_decode
 from bebop.evaluation.engine_counts import RULES
 from bebop.evaluation.entropy import decompose, line_through
 from bebop.evaluation.measures import MEASURED, add_measures, describe, describe_sources
-from bebop.evaluation.page import Section, Table, write_page, write_whole
+from bebop.evaluation.page import Section, Table, write_page
 from bebop.evaluation.sums import DocumentSums, Resampled
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import head_for, read_head
 from bebop.machine import compute_dtype, use_all_cores
+from bebop.writing import check_new, complete
 
 logger = logging.getLogger(__name__)
 
@@ -57,17 +58,26 @@ class Study:
         facts = {} if self.head == "auto" else read_head(Path(self.head))[1]
         self.backbone = self.backbone or ([facts["backbone"]] if "backbone" in facts else [])
         self.steps = self.steps if self.steps is not None else facts.get("draft_steps", 3)
+        if not self.backbone:
+            raise InputError("--backbone is not set, and the head does not say which it was trained for; give --backbone")
         if len(self.backbone) not in (1, len(self.rollouts)):
             raise InputError(
                 f"--backbone: {len(self.backbone)} for {len(self.rollouts)} rollout files; expected one, or one for each"
             )
-        if self.output.exists():
-            raise InputError(f"output {self.output} exists; choose another name or remove it")
-        for name, value, least in (("steps", self.steps, 1), ("resamples", self.resamples, 100), ("decode", self.decode, 0)):
+        check_new(self.output)
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("resamples", self.resamples, 100),
+            ("decode", self.decode, 0),
+            ("tokens-per-batch", self.tokens_per_batch, 1),
+        ):
             if value < least:
                 raise InputError(f"--{name} is {value}, expected {least} or more")
-        for name, values in (("temperatures", self.temperatures), ("cost-ratio", [self.cost_ratio or 1.0])):
-            if not all(v > 0 for v in values):
+        for name, values in (
+            ("temperatures", self.temperatures),
+            ("cost-ratio", [] if self.cost_ratio is None else [self.cost_ratio]),
+        ):
+            if not all(0 < v < math.inf for v in values):
                 raise InputError(f"--{name} is {values}, expected numbers above 0")
         if self.checkpoints and not 2 <= self.checkpoints < len(self.rollouts):
             raise InputError(
@@ -276,10 +286,10 @@ def _write(study: Study, scored: list[_Scored], cost_ratio: float) -> dict[str, 
         except InputError as error:  # nothing else depends on it
             sections.append(Section("Over sets of rollouts", [f"Not computed: {error}."]))
 
-    study.output.mkdir(parents=True)
-    content = json.dumps(_plain(result), indent=2) + "\n"
-    write_whole(study.output / "evaluation.json", content.encode())
-    page = write_page(study.output, f"Acceptance of {study.head}", sections)
+    with complete(study.output) as partial:
+        partial.mkdir()
+        (partial / "evaluation.json").write_text(json.dumps(_plain(result), indent=2) + "\n")
+        page = study.output / write_page(partial, f"Acceptance of {study.head}", sections).name
     console = Console()
     for table in sections[0].tables:
         console.print(table.for_terminal())

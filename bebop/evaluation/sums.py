@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bebop.writing import complete
+
 
 class Estimate(NamedTuple):
     """A number and the 95 percent confidence interval of it, over documents."""
@@ -49,9 +51,8 @@ class DocumentSums:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file; it appears complete."""
-        partial = path.with_name(path.name + ".partial")
-        save_file(self.columns, partial)
-        partial.rename(path)
+        with complete(path) as partial:
+            save_file(self.columns, partial)
 
     @classmethod
     def load(cls, path: Path) -> "DocumentSums":

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bebop.backbone import load_model, read_config, read_weight_map, refuse_quantised
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
 from bebop.export.engine_config import DERIVED_KEYS, completed_config
 from bebop.export.serving import serve_commands
 from bebop.families import Family, family_of
@@ -183,10 +183,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     directory = parser.parse_args().directory
-    try:
+    with errors_as_one_line():
         report = check_export(directory)
-    except InputError as error:
-        sys.exit(f"error: {error}")
     for problem in report.problems:
         print(f"problem: {problem}")
     for program, problems in report.problems_of.items():

@@ -20,6 +20,7 @@ from bebop.backbone import (
     INDEX_FILE,
     checkpoint_shards,
     fingerprint,
+    load_tokenizer,
     read_config,
     refuse_quantised,
     resolve_checkpoint,
@@ -31,6 +32,7 @@ from bebop.families import family_of
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import load_native, native_state_dict, read_head
 from bebop.llama_as_qwen2 import as_qwen2, qwen2_config
+from bebop.writing import check_new, complete
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,14 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
         the facts in head.json.
 
     Raises:
-        InputError: output exists, head and target do not belong together, or the target's family cannot be exported.
+        InputError: output exists or cannot be written, head and target do not belong together, or the target's family cannot
+            be exported.
     """
-    if output.exists():
-        raise InputError(f"output {output} exists; choose another directory or remove it")
+    check_new(output)
     tensors, facts = read_head(head_directory)
     directory = resolve_checkpoint(target)
+    if (directory / "tokenizer.json").is_file():
+        load_tokenizer(directory)
     config = read_config(directory)
     text_config = config.get_text_config()
     family = family_of(text_config)
@@ -79,10 +83,8 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
     dtype = _stored_dtype(directory)
     expected = {name: tensor.to(dtype) for name, tensor in native_state_dict(head).items()}
 
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with complete(output) as partial:
+        partial.mkdir()
         _take_other_files(directory, partial)
         if is_llama:
             as_qwen2(AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)).save_pretrained(partial)
@@ -99,10 +101,6 @@ def export_head(head_directory: Path, target: str, output: Path, copy: bool = Fa
         if problems := [*report.problems, *itertools.chain(*report.problems_of.values())]:
             raise InputError(f"{target} cannot be exported with this head: {problems[0]}")
         _compare(partial, expected, set() if is_llama else _names(directory, family.prefix))
-        partial.rename(output)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return facts
 
 

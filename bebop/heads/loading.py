@@ -17,6 +17,7 @@ from bebop.errors import InputError
 from bebop.families import Family
 from bebop.heads.head import MTPHead
 from bebop.sharding import whole
+from bebop.writing import complete
 
 _EXPERT = re.compile(r"(.*mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
@@ -72,7 +73,8 @@ def load_native(head: MTPHead, tensors: Mapping[str, Tensor], source: str) -> No
     """Fill the head from tensors under checkpoint names.
 
     Raises:
-        InputError: a tensor is missing, unexpected, or of another shape than the config says; names tensor and source.
+        InputError: a tensor is missing, unexpected, of another shape than the config says, or not of finite numbers; names
+            tensor and source.
     """
     own = {native_name(head.family, name): tensor for name, tensor in head.state_dict().items()}
     given = _fuse_experts(tensors)
@@ -82,6 +84,11 @@ def load_native(head: MTPHead, tensors: Mapping[str, Tensor], source: str) -> No
         f"{name} is {tuple(given[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in own.items()
         if name in given and given[name].shape != tensor.shape
+    ]
+    problems += [
+        f"{name} holds {'NaN or inf' if tensor.is_floating_point() else tensor.dtype}, expected finite numbers"
+        for name, tensor in given.items()
+        if not (tensor.is_floating_point() and tensor.isfinite().all())
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -114,6 +121,8 @@ def checkpoint_head_tensors(backbone: Backbone) -> dict[str, Tensor]:
     key = family.announced_by[0]
     if announced is None:
         announced = int(bool(tensors) and family.loads_unannounced)
+    if not isinstance(announced, int):
+        raise InputError(f"{directory}/config.json: {key} is {announced!r}, expected the number of MTP layers")
     if announced > 1:
         raise InputError(
             f"{directory}/config.json announces {announced} MTP layers; only 1, re-used for every step, is supported"
@@ -191,20 +200,16 @@ def save_head(head: MTPHead, directory: Path, facts: dict[str, Any], state: Mapp
     """Write head.safetensors (native names, fp32) and head.json (family and `facts`); the directory appears complete.
 
     `state` as for `native_state_dict`.
+
+    Raises:
+        InputError: it cannot be written.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in native_state_dict(head, state).items()}
-    save_file(tensors, partial / "head.safetensors", metadata={"format": "pt"})
-    (partial / "head.json").write_text(json.dumps({"family": head.family.name} | facts, indent=2) + "\n")
-    shutil.copymode(partial / "head.json", partial / "head.safetensors")  # safetensors lets nobody else read its files
-    if directory.exists():
-        directory.rename(old := directory.with_name(directory.name + ".old"))
-        partial.rename(directory)
-        shutil.rmtree(old)
-    else:
-        partial.rename(directory)
+    with complete(directory) as partial:
+        partial.mkdir()
+        save_file(tensors, partial / "head.safetensors", metadata={"format": "pt"})
+        (partial / "head.json").write_text(json.dumps({"family": head.family.name} | facts, indent=2) + "\n")
+        shutil.copymode(partial / "head.json", partial / "head.safetensors")  # safetensors lets nobody else read its files
 
 
 def read_head(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -222,6 +227,11 @@ def read_head(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{directory}/head.safetensors is damaged or truncated ({error}); use another checkpoint") from None
     try:
         facts = json.loads((directory / "head.json").read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{directory}/head.json is not JSON ({error.msg})") from None
+    except ValueError as error:
+        raise InputError(f"{directory}/head.json is not JSON ({error}); write it again, or use another checkpoint") from None
+    if not isinstance(facts, dict):
+        raise InputError(f"{directory}/head.json holds {facts!r}; expected an object with the head's family")
+    for key, kind in {"family": str, "backbone": str, "draft_steps": int}.items():
+        if not isinstance(value := facts.get(key), kind) and (key in facts or key == "family"):
+            raise InputError(f"{directory}/head.json: {key} is {value!r}, expected {kind.__name__}")
     return tensors, facts

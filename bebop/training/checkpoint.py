@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from bebop.errors import InputError
+from bebop.writing import remove, writing
 
 logger = logging.getLogger(__name__)
 
@@ -32,23 +33,32 @@ def save_checkpoint(
         position: the step, and what decides which data come next.
         keep: newest checkpoints to keep.
         accept_length: on held-out rollouts after this step, if it was measured.
+
+    Raises:
+        InputError: it cannot be written; earlier ones are as they were.
     """
     directory = run / "checkpoints" / f"step-{position['step']:06d}"
     partial = directory.with_name(directory.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        files = {str(p.relative_to(partial)): _size_and_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
-        manifest = {"position": position, "accept_length": accept_length, "files": files}
-        (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
-        for old in _superseded(run, keep):
-            shutil.rmtree(old)
+    with writing(directory):
+        if accelerator.is_main_process:
+            remove(partial)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                files = {str(p.relative_to(partial)): _size_and_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+                manifest = {"position": position, "accept_length": accept_length, "files": files}
+                (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
+                remove(directory)
+                partial.rename(directory)
+        except BaseException:
+            remove(partial)
+            raise
+        if accelerator.is_main_process:
+            for old in _superseded(run, keep):
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return directory
 

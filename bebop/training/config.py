@@ -64,7 +64,9 @@ class TrainConfig:
     max_skipped_steps: int = _option(3, "Steps without finite loss and gradient are skipped; so many in a row end the run.")
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, beside the best by held-out accept length.")
     resume: str = _option("", "'auto' for the newest checkpoint in output, or a checkpoint directory; '' starts anew.")
-    dry_run: bool = _option(False, "Print parameters, memory and cost of a step from the model's config alone, and end.")
+    dry_run: int = _option(
+        0, "So many processes: print what a run on them would take, by the model's config alone, and end."
+    )
     tracker: str = _option("none", f"Where metrics go besides metrics.jsonl: {', '.join(TRACKERS)}.")
 
     def check(self) -> None:
@@ -73,7 +75,7 @@ class TrainConfig:
         Raises:
             InputError: names the key, what was found and what is expected.
         """
-        for key in ("backbone", "rollouts", "output"):
+        for key in ("backbone",) if self.dry_run else ("backbone", "rollouts", "output"):
             if not getattr(self, key):
                 raise InputError(f"{key} is not set; give --{key} or put it into the configuration file")
         choices = {
@@ -94,7 +96,7 @@ class TrainConfig:
         at_least = {
             "draft_steps": 1, "max_steps": 1, "cold_start_steps": 0, "tokens_per_micro_batch": 1, "accumulate": 1,
             "max_length": 0, "chunk_mib": 1, "evaluate_every": 0, "save_every": 1, "keep_checkpoints": 1, "weight_decay": 0,
-            "max_skipped_steps": 1,
+            "max_skipped_steps": 1, "dry_run": 0,
         }  # fmt: skip
         for key, least in at_least.items():
             if getattr(self, key) < least:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from bebop.evaluation.acceptance import Acceptance
 from bebop.training.config import TrainConfig
+from bebop.writing import complete
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -32,9 +33,8 @@ class Metrics:
         if self.accelerator.is_main_process and self.path.exists():
             whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in whole if json.loads(line)["step"] <= step]
-            partial = self.path.with_name(self.path.name + ".partial")
-            partial.write_text("".join(kept))
-            partial.rename(self.path)
+            with complete(self.path) as partial:
+                partial.write_text("".join(kept))
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self._write({"step": step, "kind": "training"} | values)

@@ -41,6 +41,7 @@ from bebop.training.distribution import make_accelerator, whole_state
 from bebop.training.environment import environment
 from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE, Metrics
+from bebop.training.sizing import print_sizing
 from bebop.training.step import OptimiserStep
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def train(config: TrainConfig, material: Material | None = None) -> None:
     config.check()
     accelerator = make_accelerator(config)
     use_all_cores(accelerator.device, accelerator.num_processes)
+    if config.dry_run:
+        return print_sizing(config, accelerator.device)
     set_seed(config.seed)
     _Run(config, accelerator, material).go()
 
@@ -237,13 +240,14 @@ class _Run:
         data.held_out_states = StateCache(self.backbone, data.held_out, "held-out states" if show else None, directory)
 
     def _evaluate(self) -> Acceptance:
-        """Every process does the same: the held-out set is small, and nobody has to wait for the result."""
+        """On the held-out rollouts, which the processes share."""
         head = self.accelerator.unwrap_model(self.head)
         assert isinstance(head, MTPHead)
         return evaluate(
             head,
             self.backbone,
             self.data.held_out,
+            accelerator=self.accelerator,
             steps=self.config.draft_steps,
             temperature=self.config.temperature,
             compute_dtype=self.dtype,

@@ -1,9 +1,11 @@
+import json
 from collections import Counter
+from itertools import islice
 
 import pytest
 import torch
 
-from bebop.data.generate import chat_openings, generate_rollouts
+from bebop.data.generate import chat_openings, generate_rollouts, stop_tokens
 from bebop.errors import InputError
 from bebop.sampling import draw
 from tests.rollouts import CHAT_TEMPLATE, make_tokenizer
@@ -41,11 +43,14 @@ def test_chat_openings():
     assert after == [END, ASSISTANT]
 
 
+def generate(model, tokenizer=None, **options):
+    return generate_rollouts(model, tokenizer or make_tokenizer(CHAT_TEMPLATE), stop=[EOS], **options)
+
+
 def test_rollouts_have_the_templates_form(model):
     rollouts = list(
-        generate_rollouts(
+        generate(
             model,
-            make_tokenizer(CHAT_TEMPLATE),
             count=50,
             temperature=1.0,
             max_prompt_tokens=60,
@@ -54,7 +59,7 @@ def test_rollouts_have_the_templates_form(model):
         )
     )
     assert len(rollouts) == 50
-    for rollout in rollouts:
+    for _, rollout in rollouts:
         prompt = rollout.prompt_ids
         assert prompt[0] == USER
         assert prompt[-2:] == [END, ASSISTANT]
@@ -64,17 +69,16 @@ def test_rollouts_have_the_templates_form(model):
         assert not {END, EOS} & set(rollout.response_ids[:-1])
         assert rollout.finish_reason == ("stop" if rollout.response_ids[-1] in (END, EOS) else "length")
     # An answer ends at any of the model's end tokens, as in an engine, and at the template's.
-    assert {END, EOS} <= {r.response_ids[-1] for r in rollouts}
-    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    assert {END, EOS} <= {r.response_ids[-1] for _, r in rollouts}
+    assert {r.finish_reason for _, r in rollouts} == {"stop", "length"}
 
 
 @torch.no_grad()
 def test_responses_are_the_models_own_distribution(model):
     """Greedy in the limit of low temperature: every response token is the argmax given what stands before it. This holds
     only if cache, positions and dropped rows are right for every row and step."""
-    rollouts = generate_rollouts(
+    rollouts = generate(
         model,
-        make_tokenizer(CHAT_TEMPLATE),
         count=20,
         temperature=1e-4,
         max_prompt_tokens=40,
@@ -82,7 +86,7 @@ def test_responses_are_the_models_own_distribution(model):
         batch_size=48,
     )
     checked = Counter()
-    for rollout in rollouts:
+    for _, rollout in rollouts:
         ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         start = len(rollout.prompt_ids)
         best = model(ids).logits[0, start - 1 : -1].argmax(-1)
@@ -93,22 +97,43 @@ def test_responses_are_the_models_own_distribution(model):
 
 def test_seed_decides(model):
     def first(seed):
-        return next(
-            iter(generate_rollouts(model, make_tokenizer(CHAT_TEMPLATE), count=5, temperature=1.0, batch_size=32, seed=seed))
-        )
+        return next(generate(model, count=5, temperature=1.0, batch_size=32, seed=seed))
 
     assert first(1) == first(1)
     assert first(1) != first(2)
 
 
+@pytest.mark.parametrize("stopped_after", [3, 20])
+def test_a_run_that_goes_on_writes_what_is_missing(model, stopped_after):
+    """The batch in which it stopped, the first or a later one, is sampled again from the same seed."""
+    options = {"count": 40, "temperature": 1.0, "batch_size": 16, "max_response_tokens": 20}
+    whole = list(generate(model, **options))
+    first = list(islice(generate(model, **options), stopped_after))
+    rest = list(generate(model, **options, written=Counter(number for number, _ in first)))
+    assert first + rest == whole
+    assert len({number for number, _ in whole}) == 40
+
+
+def test_end_tokens_are_those_of_engines(tmp_path):
+    """All of generation_config.json and the tokenizer's; config.json's where there is no generation config."""
+    model = make_model("qwen2", eos_token_id=EOS)
+    model.config.save_pretrained(tmp_path)
+    tokenizer = make_tokenizer()
+    assert stop_tokens(tmp_path, tokenizer) == [EOS]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5], "top_k": 3}))
+    assert stop_tokens(tmp_path, tokenizer) == [5, 7]
+    tokenizer.eos_token = "<end>"
+    assert stop_tokens(tmp_path, tokenizer) == [5, 7, END]
+
+
 def test_more_tokens_than_the_model_takes_are_refused(model):
     with pytest.raises(InputError, match="may take 867 tokens with the chat template, the model takes 512"):
-        next(generate_rollouts(model, make_tokenizer(CHAT_TEMPLATE), count=1, temperature=1.0, max_response_tokens=800))
+        next(generate(model, count=1, temperature=1.0, max_response_tokens=800))
 
 
 def test_model_without_a_chat_template_is_refused(model):
     with pytest.raises(InputError, match="no chat template"):
-        next(generate_rollouts(model, make_tokenizer(), count=1, temperature=1.0))
+        next(generate(model, make_tokenizer(), count=1, temperature=1.0))
 
 
 def test_model_that_never_ends_a_prompt_is_refused(model):
@@ -117,8 +142,4 @@ def test_model_that_never_ends_a_prompt_is_refused(model):
         model.model.embed_tokens.weight[:] *= 20
         model.lm_head.weight *= 20
     with pytest.raises(InputError, match="none ended within 2 tokens"):
-        next(
-            generate_rollouts(
-                model, make_tokenizer(CHAT_TEMPLATE), count=1, temperature=1.0, max_prompt_tokens=2, batch_size=4
-            )
-        )
+        next(generate(model, count=1, temperature=1.0, max_prompt_tokens=2, batch_size=4))

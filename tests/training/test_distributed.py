@@ -2,11 +2,6 @@
 
 import dataclasses
 import json
-import random
-import re
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest

@@ -1,0 +1,120 @@
+"""A rollout file that grows line by line, so that a run that was stopped or killed can go on."""
+
+import json
+import os
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header, write_rollouts
+from bebop.errors import InputError
+
+_SECONDS_BETWEEN_SYNCS = 5.0
+
+
+def check_output(output: Path) -> None:
+    """Refuse a name under which no rollout file can grow.
+
+    Raises:
+        InputError: `output` exists, or does not end in .jsonl.
+    """
+    if output.suffix != ".jsonl":
+        raise InputError(f"output {output} ends in {output.suffix!r}; expected .jsonl, rollouts are written as JSON lines")
+    if output.exists():
+        raise InputError(f"output {output} exists; choose another name or remove it")
+
+
+class GrowingRolloutFile:
+    """OUTPUT.partial, which is there from the first rollout on and becomes OUTPUT once it is complete.
+
+    Every rollout is a whole line, handed to the operating system at once: a killed run loses none, a machine that crashes
+    those of a few seconds. A line also has a prompt_number, of the prompt it answers; a run that goes on knows by it what is
+    left to do, and readers of rollout files ignore it.
+
+    Attributes:
+        partial: where the rollouts are until the file is complete.
+        written: how many there are, by prompt number.
+
+    Args:
+        output: the file in the end; its name ends in .jsonl.
+        header: of the file.
+
+    Raises:
+        InputError: as of `check_output`; or the partial file is damaged, or was begun with other settings.
+    """
+
+    def __init__(self, output: Path, header: RolloutHeader):
+        check_output(output)
+        self.output = output
+        self.partial = output.with_name(output.name + ".partial")
+        self.written: Counter[int] = Counter()
+        self._header = header
+        self._file: BinaryIO | None = None
+        self._synced = time.monotonic()
+        self._whole = self._read() if self.partial.exists() else 0
+        if self.written:
+            self._refuse_other_settings(_settings(read_rollout_header(self.partial)), _settings(header))
+
+    def append(self, prompt_number: int, rollout: Rollout) -> None:
+        """Add a rollout."""
+        record = {
+            "prompt_ids": rollout.prompt_ids,
+            "response_ids": rollout.response_ids,
+            "finish_reason": rollout.finish_reason,
+            "source": rollout.source,
+            "prompt_number": prompt_number,
+        }
+        file = self._open()
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        self.written[prompt_number] += 1
+        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(file.fileno())
+            self._synced = time.monotonic()
+
+    def complete(self) -> None:
+        """Give the file its name."""
+        with self._open() as file:
+            os.fsync(file.fileno())
+        self.partial.rename(self.output)
+
+    def _open(self) -> BinaryIO:
+        if self._file is None:
+            if self.written:
+                os.truncate(self.partial, self._whole)  # drops a line that was not written to its end
+            else:
+                write_rollouts(self.partial, self._header, [])
+            self._file = self.partial.open("ab")
+        return self._file
+
+    def _read(self) -> int:
+        """Count the rollouts that are there; the length of the file's whole lines in bytes."""
+        size = 0
+        with self.partial.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                size += len(line)
+                if number == 1:  # the header
+                    continue
+                try:
+                    self.written[int(json.loads(line)["prompt_number"])] += 1
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{self.partial}:{number} is damaged; remove the file to start anew") from None
+        return size
+
+    def _refuse_other_settings(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        for key in [*expected, *(key for key in found if key not in expected)]:
+            if found.get(key) != expected.get(key):
+                raise InputError(
+                    f"{self.partial} was begun with {key} = {found.get(key)!r}, now it is {expected.get(key)!r}; "
+                    "give the settings of then to go on, or remove the file to start anew"
+                )
+
+
+def _settings(header: RolloutHeader) -> dict[str, Any]:
+    """The header with its sampling settings beside the rest, so that they are named one by one."""
+    settings = asdict(header)
+    return settings | settings.pop("sampling")

@@ -1,0 +1,87 @@
+import pytest
+
+from bebop.data.append import GrowingRolloutFile
+from bebop.data.rollouts import Rollout, RolloutHeader, read_rollouts, write_rollouts
+from bebop.errors import InputError
+
+HEADER = RolloutHeader(model="m", tokenizer_hash="abc", vocab_size=50, temperature=0.7, sampling={"seed": 1, "top": None})
+ROLLOUTS = [Rollout([1, 2], [3, 4, 2]), Rollout([1], [9] * 5, "length", "math"), Rollout([4], [2])]
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "new" / "rollouts.jsonl"
+
+
+def test_rollouts_are_there_at_once_and_the_file_when_it_is_complete(output):
+    file = GrowingRolloutFile(output, HEADER)
+    assert not output.parent.exists()
+    for number, rollout in enumerate(ROLLOUTS):
+        file.append(number, rollout)
+        assert read_rollouts(file.partial) == (HEADER, ROLLOUTS[: number + 1])
+    assert not output.exists()
+    file.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS)
+    assert [p.name for p in output.parent.iterdir()] == ["rollouts.jsonl"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 20, 60])
+def test_a_killed_run_goes_on_behind_the_last_whole_line(cut, output):
+    """The last line lost its end, the line break alone or more."""
+    file = GrowingRolloutFile(output, HEADER)
+    for number, rollout in [(5, ROLLOUTS[0]), (3, ROLLOUTS[1]), (5, ROLLOUTS[2])]:
+        file.append(number, rollout)
+    if cut:
+        file.partial.write_bytes(file.partial.read_bytes()[:-cut])
+    again = GrowingRolloutFile(output, HEADER)
+    assert again.written == ({5: 1, 3: 1} if cut else {5: 2, 3: 1})
+    if cut:
+        again.append(5, ROLLOUTS[2])
+    again.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 1.0}, "begun with temperature = 0.7, now it is 1.0"),
+        ({"model": "n"}, "begun with model = 'm', now it is 'n'"),
+        ({"sampling": {"seed": 2, "top": None}}, "begun with seed = 1, now it is 2"),
+        ({"sampling": {"seed": 1, "top": None, "more": 3}}, "begun with more = None, now it is 3"),
+        ({"sampling": {"top": None}}, "begun with seed = 1, now it is None"),
+    ],
+)
+def test_other_settings_are_refused_by_name(changes, message, output):
+    GrowingRolloutFile(output, HEADER).append(0, ROLLOUTS[0])
+    other = RolloutHeader(**{name: getattr(HEADER, name) for name in HEADER.__dataclass_fields__} | changes)
+    before = (output.parent / "rollouts.jsonl.partial").read_bytes()
+    with pytest.raises(InputError, match=f"{message}; .* remove the file"):
+        GrowingRolloutFile(output, other)
+    assert (output.parent / "rollouts.jsonl.partial").read_bytes() == before
+
+
+def test_a_file_without_rollouts_binds_nobody(output):
+    write_rollouts(output.with_name("rollouts.jsonl.partial"), HEADER, [])
+    other = RolloutHeader("m", "abc", 50, 1.0)
+    file = GrowingRolloutFile(output, other)
+    file.append(0, ROLLOUTS[0])
+    assert read_rollouts(file.partial) == (other, ROLLOUTS[:1])
+
+
+def test_damage_within_the_file_is_refused(output):
+    file = GrowingRolloutFile(output, HEADER)
+    file.append(0, ROLLOUTS[0])
+    file.append(1, ROLLOUTS[1])
+    lines = file.partial.read_bytes().split(b"\n")
+    lines[1] = lines[1][:10] + b"\0" * 9
+    file.partial.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=r"partial:2 is damaged; remove"):
+        GrowingRolloutFile(output, HEADER)
+
+
+def test_names_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"ends in '.parquet'; expected .jsonl"):
+        GrowingRolloutFile(tmp_path / "r.parquet", HEADER)
+    (tmp_path / "r.jsonl").touch()
+    with pytest.raises(InputError, match="exists; choose another name"):
+        GrowingRolloutFile(tmp_path / "r.jsonl", HEADER)
