@@ -149,8 +149,8 @@ def chain_statistics_at(
         tokens_per_micro_batch, chunk_bytes: what is in memory at once.
         states: the backbone's states of these rollouts, if they are at hand.
         progress: what to call this on a progress bar; no bar if None.
-        process, processes: this process takes every so manieth batch. All make the same number of passes, as they must where
-            weights are split over them; where one has no batch left, the statistics it returns have no valid pair.
+        process, processes: which of the processes that share the batches this is. All make the same number of passes, as
+            they must where weights are split over them; one that has no batch left returns statistics without valid pairs.
 
     Returns:
         for every batch the statistics at each temperature, with `documents` set: indices of rollouts, -1 where padded.
