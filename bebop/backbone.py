@@ -188,8 +188,8 @@ def load_model(directory: Path, **options: Any) -> tuple[Any, list[str]]:
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored, expected = mismatched[0]
         raise InputError(
-            f"{directory} does not match its config.json: {name} is {tuple(stored)}, config.json makes it {tuple(expected)}; "
-            "fetch both again"
+            f"{directory} does not match its config.json: {name} is {tuple(stored)}, config.json makes it "
+            f"{tuple(expected)}; fetch both again"
         )
     return model, sorted(report["missing_keys"])
 

@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
-from itertools import islice
+from functools import partial
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,6 @@ from benchmarks.memory import peak_extra_bytes
 
 NAIVE, COMPILED, BEBOP, CACHED = "naive", "naive, loss compiled", "bebop", "bebop, cached states"
 PARTS = ("data", "backbone", "head", "loss", "optimiser")
-WARM_UP = 2  # steps of several shapes, so that nothing is compiled while it is timed
 # Largest relative difference from the naive step. Its logits are rounded to bf16, and the products have other shapes.
 TOLERANCE = {torch.bfloat16: {"loss": 1e-3, "grad_norm": 3e-2}, torch.float32: {"loss": 1e-5, "grad_norm": 1e-3}}
 
@@ -145,11 +145,11 @@ def one_document_a_row(step: list[Rows]) -> list[Rows]:
 
 def first_steps(config: TrainConfig, material: Material, count: int) -> list[list[Rows]]:
     """Of the run; `material` keeps the documents of these steps, so that no other states need be computed."""
-    steps = schedule(
+    all_steps = schedule(
         [len(r) for r in material.train], tokens_per_micro_batch=config.tokens_per_micro_batch,
         pack=material.backbone.packs_documents, accumulate=config.accumulate, processes=1, process=0, seed=config.seed,
     )  # fmt: skip
-    steps = list(islice(steps, count))
+    steps = list(islice(all_steps, count))
     documents = sorted({i for step in steps for rows in step for row in rows for i in row})
     place = {i: n for n, i in enumerate(documents)}
     material.train = [material.train[i] for i in documents]
@@ -227,31 +227,20 @@ def draw(result: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog="Any option of recipes/train_mtp.py may follow; --head RUN/head measures with a trained head.",
-    )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=5, help="rounds, each of one step of every variant")
-    parser.add_argument("--output", type=Path, required=True, help="path without suffix for the .json and the .png")
-    arguments, of_the_run = parser.parse_known_args()
-    config = parse_config(of_the_run)
-    accelerator = make_accelerator(config)
-    device = accelerator.device
-    use_all_cores(device)
-    load = os.getloadavg()
-
+def measure(config: TrainConfig, accelerator: Accelerator, count: int) -> dict[str, Any]:
+    """Everything that is reported."""
+    device, load = accelerator.device, os.getloadavg()
     material = Material.load(config, accelerator)
     backbone, dtype = material.backbone, material.dtype
-    steps = first_steps(config, material, WARM_UP + arguments.steps + 1)
+    steps = first_steps(config, material, 2 + count + 1)
     head, origin = head_for(backbone, config.head, "flex_attention" if device.type == "cuda" else "sdpa")
     start = copy.deepcopy(head.state_dict())
     plain = ours(config, accelerator, material, head)
-    states = StateCache(backbone, material.train, "backbone states")
 
     def padded(step: list[Rows]) -> StepData:
         return plain.prepare(one_document_a_row(step))
 
+    states = StateCache(backbone, material.train, "backbone states")
     variants = {
         NAIVE: Variant(padded, naive(config, backbone, dtype, head, compiled=False)),
         COMPILED: Variant(padded, naive(config, backbone, dtype, head, compiled=True)),
@@ -260,18 +249,17 @@ def main() -> None:
     }
     prepare_seconds, peaks = {}, {}
     for name, variant in tqdm(variants.items(), desc="warm-up, memory"):
-        for step in steps[:WARM_UP]:
-            variant.run(variant.prepare(step), Clock(device))
+        variant.run(variant.prepare(steps[0]), Clock(device))  # compiles
         began = time.perf_counter()
-        data = variant.prepare(steps[0])
+        data = variant.prepare(steps[1])
         prepare_seconds[name] = time.perf_counter() - began
-        peaks[name] = peak_extra_bytes(lambda run=variant.run, data=data: run(data, Clock(device)), device.type)
+        peaks[name] = peak_extra_bytes(partial(variant.run, data, Clock(device)), device.type)
     rounds, differences = [], []
-    for number in tqdm(range(WARM_UP, WARM_UP + arguments.steps), desc="rounds"):
+    for step, following in tqdm(list(pairwise(steps[2:])), desc="rounds"):
         found = {}
         for name, variant in variants.items():
             head.load_state_dict(start)
-            found[name] = timed(variant, steps[number], steps[number + 1], device)
+            found[name] = timed(variant, step, following, device)
         differences.append(check_same_work(found, dtype))
         rounds.append(found)
     result = {
@@ -285,16 +273,26 @@ def main() -> None:
     padding = validate(
         config.rollouts, draft_steps=config.draft_steps, tokens_per_micro_batch=config.tokens_per_micro_batch
     ).padding_share
+    return {
+        "device": device_name(device.type),
+        "load": {"before": load, "after": os.getloadavg()},
+        "versions": {package: importlib.metadata.version(package) for package in ("torch", "transformers", "accelerate")},
+        "config": asdict(config),
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_from": origin,
+        "padding": padding,
+        "variants": result,
+        "rounds": rounds,
+    }
 
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers", "accelerate")}
-    name = device_name(device.type)
-    title = f"{backbone.config.model_type}, d = {backbone.config.hidden_size}, {config.tokens_per_micro_batch} tokens"
+
+def show(report: dict[str, Any], title: str) -> None:
     times = Table("variant", "tokens/s", "x naive", "x compiled", "fastest .. slowest, s", *PARTS, title=title)
     rest = Table("variant", "padding", "peak MiB", "prepares, ms", "waits", "loss differs by", "gradient norm by")
-    for variant, r in result.items():
+    for variant, r in report["variants"].items():
         spread = f"{r['fastest']:.2f} .. {r['slowest']:.2f}"
-        parts = [f"{r['parts'][part]:.3f}" for part in PARTS]
         ratios = [f"{r[f'x_{other}']:.2f}" for other in (NAIVE, COMPILED)]
+        parts = [f"{r['parts'][part]:.3f}" for part in PARTS]
         times.add_row(variant, f"{r['tokens_per_second']:.0f}", *ratios, spread, *parts)
         rest.add_row(
             variant, f"{r['padding']:.1%}", f"{r['peak_bytes'] / 2**20:.0f}", f"{1e3 * r['prepare_seconds']:.0f}",
@@ -302,15 +300,32 @@ def main() -> None:
         )  # fmt: skip
     console = Console(width=130)
     console.print(times, rest)
-    console.print(f"padding of all rollouts: packed {padding['packed']:.1%}, one document a row {padding['one_a_row']:.1%}")
+    packed, single = report["padding"]["packed"], report["padding"]["one_a_row"]
+    console.print(f"padding of all rollouts: packed {packed:.1%}, one document a row {single:.1%}")
+    console.print(f"{report['device']}; load average {report['load']['before'][0]:.1f}")
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="Any option of recipes/train_mtp.py may follow; --head RUN/head measures with a trained head.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--steps", type=int, default=5, help="rounds, each of one step of every variant")
+    parser.add_argument("--output", type=Path, required=True, help="path without suffix for the .json and the .png")
+    arguments, of_the_run = parser.parse_known_args()
+    config = parse_config(of_the_run)
+    accelerator = make_accelerator(config)
+    use_all_cores(accelerator.device)
+    report = measure(config, accelerator, arguments.steps)
+    title = (
+        f"{config.backbone}, {config.accumulate} x {config.tokens_per_micro_batch} tokens a step, K = {config.draft_steps}"
+    )
+    show(report, title)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "device": name, "load": load, "versions": versions, "config": asdict(config), "dtype": str(dtype),
-        "head_from": origin, "steps": arguments.steps, "padding": padding, "variants": result, "rounds": rounds,
-    }  # fmt: skip
     arguments.output.with_suffix(".json").write_text(json.dumps(report, indent=1))
-    draw(result, title, arguments.output.with_suffix(".png"))
+    draw(report["variants"], f"{title}; {report['device']}", arguments.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

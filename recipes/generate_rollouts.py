@@ -21,7 +21,7 @@ from bebop.data.prompts import Prompt, prompts_hash, read_prompts
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash
 from bebop.data.served import ServerSampling, answer_prompts_on_server, generate_rollouts_on_server
 from bebop.data.server import Server, find_server
-from bebop.errors import InputError
+from bebop.errors import InputError, errors_as_one_line
 
 
 def main() -> None:
@@ -43,10 +43,8 @@ def main() -> None:
     parser.add_argument("--served-model", help="name of the model on the server, if it has several")
     parser.add_argument("--concurrency", type=int, default=128, help="requests to the server at once")
     arguments = parser.parse_args()
-    try:
+    with errors_as_one_line():
         _write(arguments)
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 def _write(arguments: argparse.Namespace) -> None:
@@ -76,10 +74,10 @@ def _write(arguments: argparse.Namespace) -> None:
             _sample(arguments, backbone, tokenizer, stop, prompts, file)
         else:
             _sample_on_server(arguments, server, config.vocab_size, tokenizer, stop, prompts, file)
-    except (InputError, KeyboardInterrupt) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         if not file.written:
             raise
-        reason = f"error: {error}\n" if isinstance(error, InputError) else "stopped: "
+        reason = "stopped: " if isinstance(error, KeyboardInterrupt) else f"error: {error}\n"
         sys.exit(f"{reason}{file.written.total()} rollouts are kept in {file.partial}; the same command goes on from there")
     file.complete()
     print(f"wrote {file.written.total()} rollouts to {arguments.output}")
@@ -89,7 +87,7 @@ def _check(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     numbers = ("temperature", "prompt_temperature", "max_prompt_tokens", "max_response_tokens", "batch_size")
     for key in (*numbers, "samples_per_prompt", "concurrency", *(["count"] if arguments.count is not None else [])):
-        if not getattr(arguments, key) > 0:
+        if not 0 < getattr(arguments, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(arguments, key)}, expected a number above 0")
     if arguments.samples_per_prompt > 1 and not arguments.prompts:
         raise InputError("--samples-per-prompt needs --prompts; prompts that the model writes are answered once")

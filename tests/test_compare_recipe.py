@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from bebop.data.rollouts import read_rollouts, write_rollouts
 from tests.rollouts import write_tiny_rollouts
 from tests.tiny_models import make_checkpoint
 
@@ -88,25 +87,3 @@ def test_objectives_are_compared_from_one_start_and_again_without_training(argum
     other = compare([*arguments, "--learning_rate", "1e-3"])
     assert other.returncode == 1
     assert "was trained with learning_rate 0.003, now asked for learning_rate 0.001; choose another output" in other.stderr
-
-
-def test_what_cannot_be_compared_is_one_line(arguments, tmp_path):
-    training = tmp_path / "training.jsonl"
-    header, rollouts = read_rollouts(training)
-    write_rollouts(tmp_path / "overlap.jsonl", header, rollouts[:10])
-    cases = {
-        ("--held-out", str(tmp_path / "overlap.jsonl")): "which is trained on",
-        ("--held-out", "nowhere.jsonl"): "rollout file nowhere.jsonl does not exist",
-        ("--objectives", "mse"): "--objectives has ['mse']",
-        ("--objectives", "e2e_tv"): "--baseline 'ce' is not among the objectives",
-        ("--held-out", str(tmp_path / "at-0.7.jsonl"), str(tmp_path / "copy" / "at-0.7.jsonl")): "files of the same name",
-        ("--seeds", "0"): "--seeds is 0",
-        ("--range", "1.0", "0.5"): "--range is 1.0 0.5",
-        ("--learning_rat", "1"): "unknown option '--learning_rat'",
-    }
-    for extra, message in cases.items():
-        done = compare([*arguments, *extra])
-        assert done.returncode == 1, extra
-        assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
-        assert message in done.stderr
-        assert not (tmp_path / "comparison").exists()

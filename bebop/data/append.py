@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 
 from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header, write_rollouts
 from bebop.errors import InputError
+from bebop.writing import check_new, writing
 
 _SECONDS_BETWEEN_SYNCS = 5.0
 
@@ -18,12 +19,11 @@ def check_output(output: Path) -> None:
     """Refuse a name under which no rollout file can grow.
 
     Raises:
-        InputError: `output` exists, or does not end in .jsonl.
+        InputError: `output` exists, cannot be created, or does not end in .jsonl.
     """
     if output.suffix != ".jsonl":
         raise InputError(f"output {output} ends in {output.suffix!r}; expected .jsonl, rollouts are written as JSON lines")
-    if output.exists():
-        raise InputError(f"output {output} exists; choose another name or remove it")
+    check_new(output)
 
 
 class GrowingRolloutFile:
@@ -58,7 +58,11 @@ class GrowingRolloutFile:
             self._refuse_other_settings(_settings(read_rollout_header(self.partial)), _settings(header))
 
     def append(self, prompt_number: int, rollout: Rollout) -> None:
-        """Add a rollout."""
+        """Add a rollout.
+
+        Raises:
+            InputError: it cannot be written; what was before it stays.
+        """
         record = {
             "prompt_ids": rollout.prompt_ids,
             "response_ids": rollout.response_ids,
@@ -66,13 +70,14 @@ class GrowingRolloutFile:
             "source": rollout.source,
             "prompt_number": prompt_number,
         }
-        file = self._open()
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
+        with writing(self.partial):
+            file = self._open()
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+                os.fsync(file.fileno())
+                self._synced = time.monotonic()
         self.written[prompt_number] += 1
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(file.fileno())
-            self._synced = time.monotonic()
 
     def complete(self) -> None:
         """Give the file its name."""

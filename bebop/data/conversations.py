@@ -75,13 +75,13 @@ def _conversations(names: Sequence[str], data_set: Any, column: str, source: str
 def _load(names: Sequence[str], config: str | None, split: str, streaming: bool) -> Any:
     if len(names) == 1 and not has_magic(names[0]) and Path(names[0]).suffix not in _ENDINGS:
         return load_dataset(names[0], config, split=split, streaming=streaming)
+    builders = {"parquet" if name.endswith(".parquet") else "json" for name in names}
+    if len(builders) > 1:
+        raise InputError(f"{' '.join(names)} are of several formats; give JSON files or parquet files")
     if missing := [name for name in names if not has_magic(name) and not Path(name).is_file()]:
         raise InputError(
             f"data set file {missing[0]} does not exist; expected a hub id, a directory, or JSON or parquet files"
         )
-    builders = {"parquet" if name.endswith(".parquet") else "json" for name in names}
-    if len(builders) > 1:
-        raise InputError(f"{' '.join(names)} are of several formats; give JSON files or parquet files")
     return load_dataset(builders.pop(), data_files=list(names), split=split, streaming=streaming)
 
 

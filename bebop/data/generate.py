@@ -129,9 +129,12 @@ def chat_openings(tokenizer: Any) -> tuple[list[int], list[int]]:
         raise InputError(
             "the tokenizer has no chat template, so the model cannot write prompts; use an instruction-tuned model"
         )
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
-    )
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception as error:  # templates raise what they like
+        raise InputError(f"the chat template does not take a user's message ({error}); mend chat_template") from error
     if rendered.count(_MARK) != 1:
         raise InputError("the chat template does not contain the user's text exactly once")
     before, after = (tokenizer.encode(part, add_special_tokens=False) for part in rendered.split(_MARK))

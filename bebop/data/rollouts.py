@@ -134,7 +134,7 @@ def read_rollout_header(path: Path) -> RolloutHeader:
     except TypeError:
         needed = ", ".join(f.name for f in fields(RolloutHeader) if f.name != "sampling")
         raise InputError(
-            f"{place}: the header does not fit: it has {', '.join(found) or 'nothing'}; expected {needed}, and sampling or not"
+            f"{place}: the header does not fit: it has {', '.join(found) or 'nothing'}; expected {needed} (and sampling)"
         ) from None
     expected = {
         "model": ("a string", lambda v: isinstance(v, str)),

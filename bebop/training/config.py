@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import math
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -99,13 +100,15 @@ class TrainConfig:
             "max_skipped_steps": 1, "dry_run": 0,
         }  # fmt: skip
         for key, least in at_least.items():
-            if getattr(self, key) < least:
+            if not least <= getattr(self, key) < math.inf:
                 raise InputError(f"{key} is {getattr(self, key)}, expected {least} or more")
         for key in ("temperature", "learning_rate", "max_grad_norm"):
-            if not getattr(self, key) > 0:
+            if not 0 < getattr(self, key) < math.inf:
                 raise InputError(f"{key} is {getattr(self, key)}, expected a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}, expected a number from 0 to {2**32 - 1}")
         low, high = self.temperature_low, self.temperature_high
-        if (low, high) != (0.0, 0.0) and not 0 < low <= high:
+        if (low, high) != (0.0, 0.0) and not 0 < low <= high < math.inf:
             raise InputError(
                 f"temperature_low and temperature_high are {low} and {high}, expected 0 < low <= high, or 0 and 0"
             )
@@ -161,7 +164,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"configuration file {path} does not exist")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")

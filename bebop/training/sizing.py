@@ -24,7 +24,6 @@ from bebop.llama_as_qwen2 import qwen2_config
 from bebop.machine import compute_dtype
 from bebop.training.config import TrainConfig
 
-
 # By strategy: over how many of P processes weights are split, and gradients and optimiser.
 STRATEGIES = {"DDP": (False, False), "ZeRO-2": (False, True), "FSDP2, ZeRO-3": (True, True)}
 

@@ -43,6 +43,7 @@ from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE, Metrics
 from bebop.training.sizing import print_sizing
 from bebop.training.step import OptimiserStep
+from bebop.writing import check_parents
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class _Run:
 
     def _check_output(self) -> None:
         """What a run left that ended before its first checkpoint was whole may be replaced."""
+        check_parents(self.output)
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file; expected a directory that this run may create")
         there = {p.name for p in self.output.iterdir()} if self.output.exists() else set()
@@ -100,6 +102,7 @@ class _Run:
         """What decides which data come at which step: a checkpoint resumes only where all of it is the same."""
         config = self.config
         return {
+            "backbone": fingerprint(self.backbone.directory),
             "rollouts": digest(self.data.train),
             "processes": self.accelerator.num_processes,
             **{key: getattr(config, key) for key in ("seed", "accumulate", "tokens_per_micro_batch", "draft_steps")},
@@ -111,6 +114,8 @@ class _Run:
     def go(self) -> None:
         config, accelerator = self.config, self.accelerator
         next(self._steps())  # refuses data that do not fill a step, before anything is written
+        if config.cache_states and self.data.train_states is None:
+            self._cache_states()
         accelerator.wait_for_everyone()  # everyone has looked at the output before it is written to
         if accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -122,8 +127,6 @@ class _Run:
             f"head from {self.origin}, {len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
         )
         frozen = checksums(self.backbone.model)
-        if config.cache_states and self.data.train_states is None:
-            self._cache_states()
         model, optimizer, scheduler = self._prepare()
         metrics = Metrics(accelerator, self.output, config)
         start = 0

@@ -31,6 +31,18 @@ def test_every_document_once_within_the_budget_and_with_little_padding(pack, shu
         assert all(len(row) == 1 for rows in plan for row in rows)
 
 
+@pytest.mark.parametrize("tokens", [1024, 2048, 4096, 8192])
+def test_little_padding_where_most_documents_are_nearly_as_long_as_the_longest(tokens):
+    """Answers cut at a length: rows as long as the longest document would hold one each."""
+    lengths = [length if i % 4 == 0 else 225 + length // 10 for i, length in enumerate(LENGTHS)]
+    plan = plan_micro_batches(lengths, tokens, True, generator())
+    widths = [max(sum(lengths[i] for i in row) for row in rows) for rows in plan]
+    padded = sum(len(rows) * width for rows, width in zip(plan, widths, strict=True))
+    assert sum(lengths) / padded > 0.95
+    assert sum(lengths) / (len(plan) * tokens) > 0.9
+    assert max(widths) <= 4 * max(lengths)
+
+
 def test_order_is_a_function_of_the_seed():
     assert plan_micro_batches(LENGTHS, 4096, True, generator(1)) == plan_micro_batches(LENGTHS, 4096, True, generator(1))
     assert plan_micro_batches(LENGTHS, 4096, True, generator(1)) != plan_micro_batches(LENGTHS, 4096, True, generator(2))
@@ -43,6 +55,10 @@ def test_a_document_longer_than_the_budget_has_a_batch_of_its_own(pack):
     plan = plan_micro_batches(lengths, 100, pack, generator())
     assert [[1]] in plan
     assert all(sum(lengths[i] for i in row) <= 100 for rows in plan for row in rows if row != [1])
+
+
+def test_documents_all_longer_than_the_budget():
+    assert sorted(plan_micro_batches([500, 700], 100, True, generator())) == [[[0]], [[1]]]
 
 
 def test_batch_tensors():

@@ -196,15 +196,6 @@ def _truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def _in_rollouts(config, old, new):
-    path = Path(config.rollouts[0])
-    path.write_text(path.read_text().replace(old, new))
-
-
-def _bad_head(config, tmp_path):
-    config.head = str(tmp_path / "no-such-head")
-
-
 def test_a_run_that_ended_before_its_first_checkpoint_may_be_started_again(config):
     run = Path(config.output)
     run.mkdir()
@@ -315,42 +306,6 @@ def test_two_processes_train_the_same_head_as_one(tmp_path):
     assert [r["chains"] for r in records(double, "training")] == [r["chains"] for r in records(single, "training")]
     for name, tensor in trained(single).items():
         torch.testing.assert_close(trained(double)[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
-
-
-def _not_empty(config, tmp_path):
-    Path(config.output).mkdir()
-    (Path(config.output) / "something").touch()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c, t: setattr(c, "backbone", str(t / "nothing")), "does not exist"),
-        (lambda c, t: setattr(c, "rollouts", [str(t / "nothing.jsonl")]), "does not exist"),
-        (lambda c, t: setattr(c, "max_length", 20), "longer than the 20"),
-        (lambda c, t: setattr(c, "held_out_share", 0.0), "none is held-out"),
-        (lambda c, t: setattr(c, "accumulate", 1000), "a step takes 1000"),
-        (lambda c, t: setattr(c, "resume", "auto"), "no complete checkpoint"),
-        (lambda c, t: setattr(c, "resume", str(t)), "is not a complete checkpoint"),
-        (_bad_head, "has no head.safetensors"),
-        (_not_empty, "exists and is not empty"),
-        (lambda c, t: setattr(c, "output", c.rollouts[0]), "is a file"),
-        (lambda c, t: setattr(c, "draft_steps", 0), "draft_steps is 0"),
-        (lambda c, t: setattr(c, "draft_steps", 22), "too few for 22 draft steps"),
-        (lambda c, t: _truncate(Path(c.backbone) / "model.safetensors"), "damaged or truncated"),
-        (lambda c, t: _truncate(Path(c.backbone) / "tokenizer.json"), "tokenizer.json is damaged"),
-        (lambda c, t: _truncate(Path(c.rollouts[0])), "truncated"),
-        (lambda c, t: Path(c.rollouts[0]).write_bytes(b"PAR1\xff\xfe"), "is not a text file"),
-        (lambda c, t: _in_rollouts(c, '"vocab_size": 131', '"vocab_size": 150'), "the backbone has 131"),
-        (lambda c, t: _in_rollouts(c, '"tokenizer_hash": "', '"tokenizer_hash": "0'), "another tokenizer"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_anything_is_written(change, message, config, tmp_path):
-    change(config, tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=message):
-        train(config)
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_scoring_at_another_temperature_warns(config, caplog):
