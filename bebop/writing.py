@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bebop.errors import InputError
 
@@ -52,7 +53,7 @@ def writing(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
         # torch.save raises RuntimeError of its own for a file that cannot be written on.
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise

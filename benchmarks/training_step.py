@@ -187,17 +187,17 @@ def check_same_work(found: dict[str, dict[str, Any]], dtype: torch.dtype) -> dic
 
 
 def summarise(rounds: list[dict[str, dict[str, Any]]], name: str) -> dict[str, Any]:
-    """Medians over the rounds; speed-ups over the naive steps as medians of the ratios within a round."""
+    """The median step; speed-ups over the naive steps as medians of the ratios within a round."""
     mine = [found[name] for found in rounds]
+    median = sorted(mine, key=lambda found: found["tokens"] / found["seconds"])[len(mine) // 2]
     seconds = [found["seconds"] for found in mine]
     over = {
         f"x_{other}": statistics.median(found[other]["seconds"] / found[name]["seconds"] for found in rounds)
         for other in (NAIVE, COMPILED)
     }
     return over | {
-        "tokens_per_second": statistics.median(found["tokens"] / found["seconds"] for found in mine),
-        "seconds": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds),
-        "parts": {part: statistics.median(found["parts"][part] for found in mine) for part in PARTS},
+        "tokens_per_second": median["tokens"] / median["seconds"], "seconds": median["seconds"], "parts": median["parts"],
+        "fastest": min(seconds), "slowest": max(seconds),
         "waiting_share": sum(found["parts"]["data"] for found in mine) / sum(seconds),
         "padding": 1 - sum(found["tokens"] for found in mine) / sum(found["places"] for found in mine),
     }  # fmt: skip
@@ -254,12 +254,13 @@ def measure(config: TrainConfig, accelerator: Accelerator, count: int) -> dict[s
         data = variant.prepare(steps[1])
         prepare_seconds[name] = time.perf_counter() - began
         peaks[name] = peak_extra_bytes(partial(variant.run, data, Clock(device)), device.type)
-    rounds, differences = [], []
+    rounds: list[dict[str, dict[str, Any]]] = []
+    differences = []
     for step, following in tqdm(list(pairwise(steps[2:])), desc="rounds"):
-        found = {}
-        for name, variant in variants.items():
+        found, order, first = {}, list(variants), len(rounds) % len(variants)
+        for name in order[first:] + order[:first]:  # so that a load that rises or falls favours none
             head.load_state_dict(start)
-            found[name] = timed(variant, step, following, device)
+            found[name] = timed(variants[name], step, following, device)
         differences.append(check_same_work(found, dtype))
         rounds.append(found)
     result = {

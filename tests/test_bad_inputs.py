@@ -231,8 +231,11 @@ CHATS = {
     ),
 }
 CHECKPOINTS = {
-    "none": (nothing, f"{RESUME} auto --output new", "new/checkpoints has no complete checkpoint; start without --resume"),
-    "only a damaged one": (truncated(f"{STEP}/optimizer.bin"), f"{RESUME} auto", "run/checkpoints has no complete"),
+    "only a damaged one": (
+        truncated(f"{STEP}/optimizer.bin"),
+        f"{RESUME} auto",
+        "no checkpoint in .* is intact; remove",
+    ),
     "named, damaged": (truncated(f"{STEP}/model.safetensors"), f"{RESUME} {STEP}", "model.safetensors is not what was"),
     "named, missing": (nothing, f"{RESUME} none", "none is not a complete checkpoint .*--resume auto takes the newest"),
     "of another run": (lambda: shutil.copytree(STEP, "step-000001"), f"{RESUME} step-000001", "does not lie in"),

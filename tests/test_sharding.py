@@ -60,3 +60,23 @@ def test_split_over_two_processes_it_is_the_same_model(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     multiprocessing.spawn(_compare, (port, str(tmp_path)), nprocs=2)
+
+
+@pytest.mark.parametrize("change", [lambda w: w.mul_(2), lambda w: w.neg_(), lambda w: w.copy_(w.flip(0))])
+def test_a_checksum_tells_any_change(change):
+    """Constant norms doubled, signs and rows exchanged: a sum or an exclusive or of the bits would be the same."""
+    module = torch.nn.ParameterDict({"norm": torch.ones(8), "weight": torch.tensor([[1.0, -1.0], [-1.0, 1.0]])})
+    before = checksums(module)
+    assert checksums(module) == before
+    with torch.no_grad():
+        for weight in module.values():
+            change(weight)
+    assert checksums(module)["weight"] != before["weight"]
+
+
+def test_a_checksum_is_of_the_part_that_zero_3_keeps():
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = torch.ones(4)
+    before = checksums(torch.nn.ParameterList([parameter]))
+    parameter.ds_tensor += 1
+    assert checksums(torch.nn.ParameterList([parameter])) != before

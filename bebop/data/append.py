@@ -63,13 +63,7 @@ class GrowingRolloutFile:
         Raises:
             InputError: it cannot be written; what was before it stays.
         """
-        record = {
-            "prompt_ids": rollout.prompt_ids,
-            "response_ids": rollout.response_ids,
-            "finish_reason": rollout.finish_reason,
-            "source": rollout.source,
-            "prompt_number": prompt_number,
-        }
+        record = rollout.record | {"prompt_number": prompt_number}
         with writing(self.partial):
             file = self._open()
             file.write(json.dumps(record).encode() + b"\n")

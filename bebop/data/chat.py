@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from bebop.backbone import read_config
 from bebop.data.conversations import Conversation
-from bebop.data.rollouts import Rollout
+from bebop.data.rollouts import Rollout, conversation_id
 from bebop.errors import InputError
 
 _MARK = "\u2402bebop\u2402"
@@ -109,6 +109,7 @@ class ChatConverter:
                 )
             texts += [prompt, whole]
         ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        opening = conversation_id(ids[0])
         for i, prompt_ids, whole_ids in zip(turns, ids[::2], ids[1::2], strict=True):
             self.turns += 1
             if not prompt_ids:
@@ -125,7 +126,7 @@ class ChatConverter:
             if len(prompt_ids) + length > self.max_length:
                 self.too_long += 1
                 continue
-            yield Rollout(prompt_ids, response[:length], "stop", conversation.source)
+            yield Rollout(prompt_ids, response[:length], "stop", conversation.source, opening)
 
     def _check_merged(self, turns: int) -> None:
         if self.merged > _MOST_MERGED * turns:

@@ -64,7 +64,7 @@ def _conversations(names: Sequence[str], data_set: Any, column: str, source: str
         place = f"{' '.join(names)}, row {number}"
         if column not in row:
             raise InputError(f"{place} has no column {column!r}, only {', '.join(row)}; name the one with the messages")
-        if not _are_messages(messages := _without_none(row[column])):
+        if not _are_messages(messages := without_none(row[column])):
             raise InputError(
                 f'{place}: {column} is {str(row[column])[:60]!r}, expected a list of messages with "role" and "content"; '
                 f"the columns are {', '.join(row)}"
@@ -118,11 +118,11 @@ def _tools(place: str, value: Any) -> list[dict[str, Any]] | None:
         tools = json.loads(value) if isinstance(value, str) and value else value
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: tools is not JSON ({error.msg}); expected a list of function schemas") from None
-    return _without_none(tools) or None
+    return without_none(tools) or None
 
 
-def _without_none(value: Any) -> Any:
+def without_none(value: Any) -> Any:
     """Without the keys that only other rows have, which columns of records hold as None: templates ask if they are there."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
-    return [_without_none(item) for item in value] if isinstance(value, list) else value
+        return {key: without_none(item) for key, item in value.items() if item is not None}
+    return [without_none(item) for item in value] if isinstance(value, list) else value

@@ -22,7 +22,8 @@ from bebop.writing import complete
 
 HEADER_KEY = "bebop_rollouts"  # of the version in a header, and of the whole header in parquet's metadata
 _IDS = pa.list_(pa.int32())
-_SCHEMA = pa.schema({"prompt_ids": _IDS, "response_ids": _IDS, "finish_reason": pa.string(), "source": pa.string()})
+_TEXTS = {name: pa.string() for name in ("finish_reason", "source", "conversation")}
+_SCHEMA = pa.schema({"prompt_ids": _IDS, "response_ids": _IDS} | _TEXTS)
 _BLOCK = 4096  # rows of parquet in memory at once
 
 

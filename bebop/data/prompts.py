@@ -12,7 +12,8 @@ from typing import Any
 from datasets import load_dataset
 from tqdm import tqdm
 
-from bebop.data.rollouts import Rollout
+from bebop.data.conversations import without_none
+from bebop.data.rollouts import Rollout, conversation_id
 from bebop.errors import InputError
 
 _COLUMNS = ("prompt_ids", "messages", "prompt")  # where a prompt is looked for, in this order
@@ -34,7 +35,8 @@ class Prompt:
 
     def answered(self, response: list[int], stop: Sequence[int]) -> Rollout:
         """The rollout with this answer, of which `stop` are the tokens that end one."""
-        return Rollout(self.ids, response, "stop" if response[-1] in stop else "length", self.source)
+        reason = "stop" if response[-1] in stop else "length"
+        return Rollout(self.ids, response, reason, self.source, conversation_id(self.ids))
 
 
 def read_prompts(
@@ -146,7 +148,7 @@ def _data_set_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         # Streaming: of a large data set no more is fetched than is asked for.
         rows = load_dataset(str(Path(data_set).expanduser()), split=split or "train", streaming=True)
         for number, row in enumerate(rows):
-            yield f"{name}, row {number}", dict(row)
+            yield f"{name}, row {number}", without_none(row)
     except (InputError, GeneratorExit):
         raise
     except Exception as error:  # the datasets library raises many kinds

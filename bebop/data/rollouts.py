@@ -32,12 +32,14 @@ class Rollout:
     response_ids: list[int]
     finish_reason: str = "stop"
     source: str = ""  # domain or data set, for reports by source
+    conversation: str = ""  # that it is a turn of, or a prompt that it is one of several answers to; "" if of none
     place: str = field(default="memory", compare=False, repr=False)  # file and line it was read from, for error messages
 
     @property
     def record(self) -> dict[str, Any]:
         """What a file holds of it."""
-        return {name: getattr(self, name) for name in ("prompt_ids", "response_ids", "finish_reason", "source")}
+        named = ("finish_reason", "source", *(["conversation"] if self.conversation else []))
+        return {name: getattr(self, name) for name in ("prompt_ids", "response_ids", *named)}
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -151,7 +153,8 @@ def read_rollout_header(path: Path) -> RolloutHeader:
 
 def _rollout(place: str, record: dict[str, Any], table: np.ndarray) -> Rollout:
     prompt, response = (_ids(place, key, record.get(key), table) for key in ("prompt_ids", "response_ids"))
-    texts = {key: record.get(key, default) for key, default in (("finish_reason", "stop"), ("source", ""))}
+    defaults = {"finish_reason": "stop", "source": "", "conversation": ""}
+    texts = {key: record.get(key, default) for key, default in defaults.items()}
     for key, value in texts.items():
         if not isinstance(value, str):
             raise InputError(f"{place}: {key} is {value!r}, expected a string")
@@ -235,8 +238,14 @@ def digest(rollouts: Iterable[Rollout]) -> str:
 
 
 def split_held_out(rollouts: Sequence[Rollout], share: float) -> tuple[list[Rollout], list[Rollout]]:
-    """Training and held-out rollouts; which side one falls on depends on its token ids and nothing else."""
+    """Training and held-out rollouts; which side one falls on is a hash of its conversation or, without one, its ids."""
     bound = int(share * 2**32)
-    held_out = [int.from_bytes(r.key[:4], "big") < bound for r in rollouts]
+    keys = [hashlib.sha256(r.conversation.encode()).digest() if r.conversation else r.key for r in rollouts]
+    held_out = [int.from_bytes(key[:4], "big") < bound for key in keys]
     train = [r for r, out in zip(rollouts, held_out, strict=True) if not out]
     return train, [r for r, out in zip(rollouts, held_out, strict=True) if out]
+
+
+def conversation_id(prompt_ids: Sequence[int]) -> str:
+    """What `Rollout.conversation` says of the turns behind an opening prompt, or of several answers to it."""
+    return hashlib.sha256(json.dumps(list(prompt_ids)).encode()).hexdigest()[:16]

@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 _TRIES = 7
 _FIRST_WAIT = 1.0  # seconds before the second try, twice as many before each one after it: a minute in all
-_TIMEOUT = httpx.Timeout(30.0, read=3600.0, pool=None)  # an answer may have to wait for its turn
+_TIMEOUT = httpx.Timeout(30.0, read=1800.0, pool=None)  # an answer may have to wait for its turn
 _UNCHANGED = {
     "top_p": 1.0,
     "top_k": -1,
@@ -121,6 +121,10 @@ class Completions:
                 await asyncio.sleep(_FIRST_WAIT * 2 ** (attempt - 1))
             try:
                 response = await self.client.post(path, json=body)
+            except httpx.ReadTimeout:
+                raise InputError(
+                    f"the server at {self.server.url} has left a request without answer for {_TIMEOUT.read} s; does it hang?"
+                ) from None
             except httpx.TransportError as error:
                 failure = str(error) or type(error).__name__
                 continue

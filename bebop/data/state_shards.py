@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bebop.backbone import Backbone, checkpoint_shards, fingerprint
+from bebop.backbone import Backbone, checkpoint_shards
 from bebop.data.rollouts import Rollout, digest
 from bebop.errors import InputError
 
@@ -28,12 +28,14 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 _BYTES_PER_SHARD = 256 * 2**20
-_SAMPLED_BYTES, _SAMPLES = 4096, 1024  # of a file of the checkpoint
 _ABANDONED_AFTER = 24 * 3600.0  # seconds; a file takes seconds to write
 
 
 def describe(backbone: Backbone, rollouts: Sequence[Rollout], tokens_per_forward: int) -> dict[str, Any]:
-    """Everything the states of rollouts depend on, as the manifest says it; equal descriptions mean equal states."""
+    """Everything the states of rollouts depend on, as the manifest says it; equal descriptions mean equal states.
+
+    Reads all weights once, for their checksums.
+    """
     directory = backbone.directory
     return {
         "bebop_states": FORMAT_VERSION,
@@ -43,9 +45,8 @@ def describe(backbone: Backbone, rollouts: Sequence[Rollout], tokens_per_forward
         "device": backbone.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "norm_and_embedding": fingerprint(directory),
-        "config": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()[:16],
-        "weights": {path.name: _sample(path) for path in checkpoint_shards(directory)},
+        "config": _checksum(directory / "config.json"),
+        "weights": {path.name: _checksum(path) for path in checkpoint_shards(directory)},
         "rollouts": digest(rollouts),
         "documents": len(rollouts),
         "tokens": sum(map(len, rollouts)),
@@ -54,15 +55,9 @@ def describe(backbone: Backbone, rollouts: Sequence[Rollout], tokens_per_forward
     }
 
 
-def _sample(path: Path) -> dict[str, Any]:
-    """Size of a file and a hash of blocks spread evenly over it: other weights in any layer show, and little is read."""
-    size = path.stat().st_size
-    sampled = hashlib.sha256()
+def _checksum(path: Path) -> str:
     with path.open("rb") as file:
-        for start in range(0, size, max(_SAMPLED_BYTES, size // _SAMPLES)):
-            file.seek(start)
-            sampled.update(file.read(_SAMPLED_BYTES))
-    return {"bytes": size, "sample": sampled.hexdigest()[:16]}
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class StateShards:
@@ -151,8 +146,7 @@ class StateShards:
         if not sidecar.exists():
             return False
         try:
-            with self.path(number).open("rb") as file:
-                expected = self._record(number, hashlib.file_digest(file, "sha256").hexdigest())
+            expected = self._record(number, _checksum(self.path(number)))
             if json.loads(sidecar.read_text()) == expected:
                 return True
             found = "is damaged, or of other data"

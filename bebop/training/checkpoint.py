@@ -113,11 +113,13 @@ def check_intact(directory: Path) -> None:
             raise InputError(f"{directory} is damaged ({name} is not what was written)")
 
 
-def find_checkpoint(run: Path, resume: str) -> Path:
+def find_checkpoint(run: Path, resume: str) -> Path | None:
     """The checkpoint that `resume` ("auto" or a directory) means: with "auto" the newest that is intact.
 
+    None if "auto" finds that none was written yet: so that one command starts a run and, after whatever ended it, goes on.
+
     Raises:
-        InputError: there is none.
+        InputError: there are some but none is intact, or the one that is named is not.
     """
     if resume != "auto":
         try:
@@ -134,7 +136,9 @@ def find_checkpoint(run: Path, resume: str) -> Path:
             logger.warning("left aside: %s", error)
         else:
             return directory
-    raise InputError(f"resume: {run}/checkpoints has no complete checkpoint; start without --resume")
+    if checkpoints(run):
+        raise InputError(f"resume: no checkpoint in {run}/checkpoints is intact; remove {run} to start anew")
+    return None
 
 
 def check_position(directory: Path, position: dict[str, Any]) -> None:
@@ -152,15 +156,32 @@ def check_position(directory: Path, position: dict[str, Any]) -> None:
 
 
 def drop_checkpoints_after(accelerator: Accelerator, run: Path, step: int) -> None:
-    """Remove checkpoints that a run resuming from `step` will write anew."""
+    """Remove checkpoints that a run resuming from `step` will write anew, and what a killed run left half written."""
     if accelerator.is_main_process:
-        for directory in checkpoints(run):
-            if _step(directory) > step:
-                shutil.rmtree(directory)
+        later = [directory for directory in checkpoints(run) if _step(directory) > step]
+        for directory in [*later, *(run / "checkpoints").glob("*.partial")]:
+            shutil.rmtree(directory)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, directory: Path) -> int:
-    """Restore head, optimiser, scheduler and random states; returns the number of steps done."""
+def load_checkpoint(
+    accelerator: Accelerator, directory: Path, optimizer: Any, scheduler: Any, learning_rate: float, weight_decay: float
+) -> int:
+    """Restore head, optimiser, scheduler and random states; returns the number of steps done.
+
+    Learning rate and weight decay are the configuration's, as they may have been changed to go on.
+
+    Args:
+        accelerator, directory: that hold the state now, and then.
+        optimizer, scheduler: prepared by the accelerator; its matrices' parameter group first.
+        learning_rate: before warm-up and decay.
+        weight_decay: of matrices.
+    """
     accelerator.load_state(str(directory))
+    schedule = scheduler.scheduler
+    schedule.base_lrs = [learning_rate for _ in schedule.base_lrs]
+    schedule._last_lr = [learning_rate * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    for group, now in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["initial_lr"], group["lr"] = learning_rate, now
+    optimizer.param_groups[0]["weight_decay"] = weight_decay
     return _manifest(directory)["position"]["step"]

@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from bebop.errors import InputError
+from bebop.machine import compute_dtype
 from bebop.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # spares a copy of the gradient
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config, accelerator.num_processes)
@@ -33,10 +36,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     elif accelerator.distributed_type not in _KNOWN:
         known = ", ".join(kind.value for kind in _KNOWN)
         raise InputError(f"the accelerate configuration asks for {accelerator.distributed_type}; expected one of {known}")
-    if accelerator.mixed_precision not in ("no", "bf16"):
+    precision, dtype = accelerator.mixed_precision, compute_dtype(config.dtype, accelerator.device)
+    if precision != "no" and (precision, dtype) != ("bf16", torch.bfloat16):
         raise InputError(
-            f"the accelerate configuration has mixed_precision {accelerator.mixed_precision!r}; set it to 'no': the head's "
-            "weights are fp32, and `dtype` says whether it computes in bf16"
+            f"the accelerate configuration has mixed_precision {precision!r}, and the run computes in "
+            f"{str(dtype).removeprefix('torch.')}; set it to 'no': `dtype` alone says what the head computes in"
         )
     return accelerator
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from bebop.evaluation.acceptance import Acceptance
 from bebop.training.config import TrainConfig
-from bebop.writing import complete
+from bebop.writing import complete, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -17,8 +17,7 @@ METRICS_FILE = "metrics.jsonl"
 class Metrics:
     """Writes metrics.jsonl, a record a step or evaluation, and passes numbers on to accelerate's tracker.
 
-    Training records hold loss, accept_length and alpha (realised estimate and per-step acceptance on the training batch),
-    grad_norm, learning_rate, chains, tokens_per_second and seconds by part; evaluation records an `Acceptance`.
+    docs/training.md lists the metrics: those of `OptimiserStep` in training records, an `Acceptance` in evaluation records.
     """
 
     def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig):
@@ -53,7 +52,7 @@ class Metrics:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
         flat: dict[str, float] = {}
         for name, value in record.items():

@@ -3,7 +3,7 @@
 Formulas, per process of P; "split" is said of FSDP2 and ZeRO-3 (docs/training.md):
 
     backbone          (layers / P if split, else layers, + embedding, norm, lm_head) x bytes of its dtype
-    head, optimiser   4 bytes a weight, gradient 4, AdamW 8: all / P if split; ZeRO-2 divides the last two
+    head              4 bytes a weight, / P and gathered if split; gradient 4; AdamW 8, / P if split or with ZeRO-2
     loss              chunk_mib, and the gradient of K N draft states
     activations       of the head, about K N (90 d + 16 I) bytes in fp32, I what one token uses of the MLP's width
     work              backbone 2 A N flop (A: weights a token uses); head 6 A K N; loss 2 (2K + 1) N d V
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from bebop.errors import InputError
+from bebop.backbone import read_config, refuse_quantised, resolve_checkpoint
 from bebop.families import family_of
 from bebop.heads.head import MTPHead
 from bebop.llama_as_qwen2 import qwen2_config
@@ -49,14 +49,12 @@ def read_model_config(name: str) -> Any:
     """The config of a directory or hub id, without its weights.
 
     Raises:
-        InputError: there is none, or no head family for it.
+        InputError: there is none, or the model is one that no head can be trained for.
     """
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0]
-        raise InputError(f"backbone {name!r} has no readable config.json, as a directory or on the hub: {first}") from None
+    directory = resolve_checkpoint(name, weights=False)
+    config = read_config(directory)
     family_of(config.get_text_config())
+    refuse_quantised(config, directory)
     return config
 
 
@@ -85,8 +83,10 @@ def size(model_config: Any, config: TrainConfig, dtype: torch.dtype, processes: 
         {
             name: {
                 "backbone": ((layers / processes + gathered if split else layers) + whole) * item,
+                # What is split is gathered whole to run, and its gradient is whole until it has been reduced.
                 "head": (head_size / processes + head_size if split else head_size) * 4.0,
-                "head's gradients and AdamW": head_size * 12 / (processes if split_optimiser else 1),
+                "head's gradient": head_size * 4.0,
+                "head's AdamW": head_size * 8 / (processes if split_optimiser else 1),
                 "activations of the head, about": k * n * (90 * d + 16 * _mlp_width(text)) * (1.0 if item == 4 else 0.7),
                 "loss: logits of a chunk": config.chunk_mib * 2.0**20,
                 "loss: draft and target states, gradient": (2.0 * k + 2) * n * d * item,

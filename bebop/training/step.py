@@ -51,7 +51,7 @@ class OptimiserStep:
         self.config, self.accelerator, self.data = config, accelerator, material
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.skipped = 0  # in a row
-        self.at_start: dict[str, int] | None = checksums(model)  # until a step has changed the head
+        self.at_start: dict[str, str] | None = checksums(model)  # until a step has changed the head
 
     def prepare(self, micro_batches: Sequence[Rows]) -> StepData:
         """The part that needs neither the device nor other processes."""
@@ -187,7 +187,8 @@ class OptimiserStep:
         self.scheduler.step()
         self.optimizer.zero_grad()
         if changes and self.at_start is not None:
-            if self.at_start and checksums(self.model) == self.at_start:
+            changed = torch.tensor(float(checksums(self.model) != self.at_start), device=accelerator.device)
+            if not accelerator.reduce(changed, "sum"):
                 raise RuntimeError(f"step {step + 1} has left the head as it was; the head would never train")
             self.at_start = None
         return norm

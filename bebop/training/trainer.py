@@ -43,7 +43,7 @@ from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE, Metrics
 from bebop.training.sizing import print_sizing
 from bebop.training.step import OptimiserStep
-from bebop.writing import check_parents
+from bebop.writing import check_parents, writing
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def train(config: TrainConfig, material: Material | None = None) -> None:
     accelerator = make_accelerator(config)
     use_all_cores(accelerator.device, accelerator.num_processes)
     if config.dry_run:
-        return print_sizing(config, accelerator.device)
+        return print_sizing(config, accelerator.device) if accelerator.is_main_process else None
     set_seed(config.seed)
     _Run(config, accelerator, material).go()
 
@@ -95,7 +95,9 @@ class _Run:
         if self.output.exists() and not self.output.is_dir():
             raise InputError(f"output {self.output} is a file; expected a directory that this run may create")
         there = {p.name for p in self.output.iterdir()} if self.output.exists() else set()
-        if there - {"config.yaml", ENVIRONMENT_FILE, METRICS_FILE, "checkpoints"} or checkpoints(self.output):
+        trackers = {"bebop", "wandb"}
+        before = {"config.yaml", ENVIRONMENT_FILE, METRICS_FILE, METRICS_FILE + ".partial", "checkpoints"} | trackers
+        if there - before or checkpoints(self.output):
             raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
 
     def _position(self) -> dict[str, Any]:
@@ -118,9 +120,10 @@ class _Run:
             self._cache_states()
         accelerator.wait_for_everyone()  # everyone has looked at the output before it is written to
         if accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            (self.output / "config.yaml").write_text(config.as_yaml())
-            (self.output / ENVIRONMENT_FILE).write_text(json.dumps(environment(accelerator), indent=2) + "\n")
+            with writing(self.output):
+                self.output.mkdir(parents=True, exist_ok=True)
+                (self.output / "config.yaml").write_text(config.as_yaml())
+                (self.output / ENVIRONMENT_FILE).write_text(json.dumps(environment(accelerator), indent=2) + "\n")
         accelerator.wait_for_everyone()
         self._log(
             f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, "
@@ -131,7 +134,9 @@ class _Run:
         metrics = Metrics(accelerator, self.output, config)
         start = 0
         if self.resume_from is not None:
-            start = load_checkpoint(accelerator, self.resume_from)
+            start = load_checkpoint(
+                accelerator, self.resume_from, optimizer, scheduler, config.learning_rate, config.weight_decay
+            )
             drop_checkpoints_after(accelerator, self.output, start)
             metrics.truncate(start)
             self._log(f"resumed after step {start} from {self.resume_from}")

@@ -291,8 +291,9 @@ def test_a_shard_that_another_process_wrote_and_this_one_does_not_see_is_named(b
         shards.map()
 
 
-def process(rank: int, model: Path, output: Path) -> None:
+def process(rank: int, model: Path, output: Path, threads: int) -> None:
     """One of two: from nothing, then from a directory that lacks the first shard and two more, then in two directories."""
+    torch.set_num_threads(threads)  # products are rounded by how they are shared out
     states._TOKENS_PER_FORWARD, state_shards._BYTES_PER_SHARD = TOKENS_PER_FORWARD, BYTES_PER_SHARD
     dist.init_process_group(
         "gloo", init_method=f"file://{output / 'store'}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -322,7 +323,7 @@ def process(rank: int, model: Path, output: Path) -> None:
 
 
 def test_two_processes_share_the_work_in_step(backbone, model, tmp_path):
-    mp.spawn(process, (model, tmp_path), nprocs=2)
+    mp.spawn(process, (model, tmp_path, torch.get_num_threads()), nprocs=2)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     shards = shards_of(backbone, tmp_path / "states")
     expected = StateCache(backbone, ROLLOUTS).states

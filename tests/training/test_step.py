@@ -1,10 +1,12 @@
 """One normaliser for the whole step, and the guards of a step."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
+from bebop.data.rollouts import Rollout, read_rollouts, write_rollouts
 from bebop.heads.loading import head_for
 from bebop.losses import E2ETVLoss
 from bebop.machine import Clock
@@ -82,3 +84,17 @@ def test_no_learning_rate_yet_is_no_reason_to_end(tmp_path):
     """The first step of a warm-up has learning rate 0."""
     record, _ = first_step(make_config(tmp_path, "qwen2"), EIGHT, learning_rate=0.0)
     assert record["grad_norm"] > 0
+
+
+def test_a_micro_batch_without_a_valid_pair_takes_part(tmp_path):
+    """It adds nothing to loss and gradient, and no NaN."""
+    config = make_config(tmp_path, "qwen2", max_grad_norm=1e9)
+    record, gradients = first_step(config, EIGHT)
+    header, rollouts = read_rollouts(config.rollouts)
+    write_rollouts(Path(config.rollouts[0]), header, [*rollouts, *(Rollout([7, 8], [i]) for i in range(9, 30))])
+    short = next(i for i, r in enumerate(Material.load(config, make_accelerator(config)).train) if len(r.response_ids) == 1)
+    with_short, others = first_step(config, [*EIGHT, [[short]]])
+    assert with_short["chains"] == record["chains"]
+    assert with_short["loss"] == pytest.approx(record["loss"], rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, atol=1e-7, rtol=1e-5, msg=name)
