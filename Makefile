@@ -1,5 +1,6 @@
 # make demo   sets up .venv and runs the main job on a small real model (README)
 # make test   sets up .venv and runs the tests
+# make test-slow  sets up .venv and runs what takes minutes: runs over several processes, runs that are killed
 # make test-engines  sets up .venv-engines with vLLM's CPU build and llama.cpp, and serves exported heads in them
 # make check  lint, format, types, and the wheel
 
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ENGINES ?= .venv-engines
 
-.PHONY: demo test test-engines check setup
+.PHONY: demo test test-slow test-engines check setup
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/ready
@@ -24,6 +25,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow tests/training
 
 # vLLM brings versions of its own. PyPI's torchvision and its kin are CUDA builds, which fail to import beside a CPU torch;
 # Qwen3.5 needs torchvision's Python part (tests/engines/sitecustomize.py does the rest).

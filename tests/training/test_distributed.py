@@ -14,6 +14,8 @@ from tests.training.test_trainer import make_config, records, trained
 # Below 1e5 weights ZeRO-3 leaves a tensor whole, and a tiny head has nothing larger.
 SPLIT_ALL = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
+pytestmark = pytest.mark.slow
+
 
 def strategy_file(name: str, folder: Path) -> Path:
     if name != "zero3, all split":

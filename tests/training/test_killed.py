@@ -12,6 +12,8 @@ import torch
 from tests.training.processes import STRATEGIES, start
 from tests.training.test_trainer import make_config, trained
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("strategy", "kills"), [(None, 20), ("ddp", 4), ("zero2", 4)])
 def test_killed_at_random_moments_a_run_ends_with_the_same_head(strategy, kills, tmp_path):
