@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bebop.errors import InputError
@@ -65,10 +65,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 def checksums(module: nn.Module) -> dict[str, str]:
     """A hash of every parameter, of the part that lies on this process: says whether anything changed them."""
+    for part_of_it in module.modules():
+        if isinstance(part_of_it, FSDPModule):
+            part_of_it.reshard()  # it may have been left gathered behind its last forward pass
     found = {}
     for name, parameter in module.named_parameters():
         # ZeRO-3 empties a parameter that it has split, and keeps its part beside it.
         part = parameter.to_local() if isinstance(parameter, DTensor) else getattr(parameter, "ds_tensor", parameter)
-        content: Any = part.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        # A copy: memory that numpy has seen cannot be freed by FSDP.
+        content: Any = part.detach().to("cpu", copy=True).contiguous().view(-1).view(torch.uint8).numpy()
         found[name] = hashlib.sha256(content).hexdigest()
     return found

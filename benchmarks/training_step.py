@@ -55,8 +55,8 @@ from benchmarks.memory import peak_extra_bytes
 
 NAIVE, COMPILED, BEBOP, CACHED = "naive", "naive, loss compiled", "bebop", "bebop, cached states"
 PARTS = ("data", "backbone", "head", "loss", "optimiser")
-# Largest relative difference from the naive step. Its logits are rounded to bf16, and the products have other shapes.
-TOLERANCE = {torch.bfloat16: {"loss": 1e-3, "grad_norm": 3e-2}, torch.float32: {"loss": 1e-5, "grad_norm": 1e-3}}
+# Largest relative difference from the naive step, whose logits have this dtype.
+TOLERANCE = {torch.bfloat16: {"loss": 1e-3, "grad_norm": 3e-2}, torch.float32: {"loss": 1e-5, "grad_norm": 1e-4}}
 
 
 class Variant(NamedTuple):

@@ -44,8 +44,13 @@ def single(request, tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3", "zero3, all split"])
 def test_two_processes_train_the_same_head_as_one(strategy, single, tmp_path):
-    """The same micro-batches, half of each step's on either process: same data, same normaliser, same head."""
-    double = dataclasses.replace(single, accumulate=2, output=str(tmp_path / "double"))
+    """The same micro-batches, half of each step's on either process: same data, same normaliser, same head.
+
+    In two runs, the second from the first one's checkpoint.
+    """
+    double = dataclasses.replace(single, accumulate=2, output=str(tmp_path / "double"), max_steps=4)
+    run(double, strategy_file(strategy, tmp_path))
+    double.max_steps, double.resume = 6, "auto"
     run(double, strategy_file(strategy, tmp_path))
     assert [r["chains"] for r in records(double, "training")] == [r["chains"] for r in records(single, "training")]
     assert [r["grad_norm"] for r in records(double, "training")] == pytest.approx(
