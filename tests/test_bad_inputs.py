@@ -325,13 +325,17 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(spoil, command
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file can become larger: every library that writes fails as on a full disk, behind the first bytes."""
+    """No file can become larger: every library that writes fails as on a full disk, behind the first bytes.
+
+    torch.compile writes too, and would keep workers that may not.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with torch.compiler.set_stance("force_eager"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize(
