@@ -11,11 +11,15 @@ class InputError(ValueError):
 
 @contextmanager
 def errors_as_one_line() -> Iterator[None]:
-    """End the program with "error: ..." and exit code 1 where something does not fit, or the system refuses a file.
+    """End the program with "error: ..." and exit code 1 where something does not fit, or the system refuses a file; with 130
+    where it is interrupted.
 
     Other exceptions are faults of the program, and keep their traceback.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (InputError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")  # libraries' own messages, quoted in it, may have several lines
