@@ -193,7 +193,7 @@ def main() -> None:
     if report.family is None or not report.engines:
         sys.exit(f"{directory}: problems found; engines would not draft with this head as it was trained")
     engines = ", ".join(report.engines)
-    print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as {engines} expect it\n")
+    print(f"{directory}: a {report.family.name} head of {report.head_tensors} tensors, as expected by {engines}\n")
     for engine, command in serve_commands(report.family, str(directory), draft_steps=3).items():
         if engine in report.engines:
             print(f"{engine}:\n    {command}\n")
