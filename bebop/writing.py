@@ -30,9 +30,10 @@ def complete(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            if partial.is_file():
-                with partial.open("rb") as file:
-                    os.fsync(file.fileno())
+            for written in partial.rglob("*") if partial.is_dir() else [partial]:
+                if written.is_file() and not written.is_symlink():
+                    with written.open("rb") as file:
+                        os.fsync(file.fileno())  # on the disk before it gets its name
             if partial.is_dir() and path.is_dir():
                 remove(old := path.with_name(path.name + ".old"))
                 path.rename(old)

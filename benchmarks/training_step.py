@@ -230,7 +230,8 @@ def draw(result: dict[str, dict[str, Any]], title: str, path: Path) -> None:
 def measure(config: TrainConfig, accelerator: Accelerator, count: int) -> dict[str, Any]:
     """Everything that is reported."""
     device, load = accelerator.device, os.getloadavg()
-    material = Material.load(config, accelerator)
+    material = Material.read(config, accelerator)
+    material.load_backbone(accelerator)
     backbone, dtype = material.backbone, material.dtype
     steps = first_steps(config, material, 2 + count + 1)
     head, origin = head_for(backbone, config.head, "flex_attention" if device.type == "cuda" else "sdpa")

@@ -98,8 +98,9 @@ def _compare(arguments: argparse.Namespace, config: TrainConfig) -> None:
         raise InputError(f"--cold-start-share is {arguments.cold_start_share}, expected a share from 0 to 1")
     accelerator = make_accelerator(config)
     use_all_cores(accelerator.device)
-    material = Material.load(config, accelerator)
+    material = Material.read(config, accelerator)
     held_out = {path.stem: _read_held_out(path, config, material) for path in arguments.held_out}
+    material.load_backbone(accelerator)
     objectives = list(arguments.objectives)
     if COLD_START in objectives and (origin := head_for(material.backbone, config.head)[1]) != "cold start":
         print(f"{COLD_START!r} is left out: the head starts from {origin}, which has no cold start")
@@ -136,7 +137,7 @@ def _check_earlier(run: TrainConfig) -> None:
 
 def _read_held_out(path: Path, config: TrainConfig, material: Material) -> tuple[RolloutHeader, list[Rollout]]:
     header, rollouts = read_rollouts(path)
-    check_rollouts_of(material.backbone, path, header, rollouts)
+    check_rollouts_of(material.directory, path, header, rollouts)
     trained_on = {r.key for r in material.train}
     if seen := sum(r.key in trained_on for r in rollouts):
         raise InputError(

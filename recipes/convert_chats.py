@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from bebop.backbone import load_tokenizer, read_config, resolve_checkpoint
-from bebop.data.chat import ChatConverter, end_tokens
+from bebop.data.chat import ChatConverter, closing_tokens
 from bebop.data.conversations import read_conversations
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash, write_rollouts
 from bebop.errors import InputError, errors_as_one_line
@@ -60,7 +60,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count is {arguments.count}, expected 1 or more")
     directory = resolve_checkpoint(arguments.model, weights=False)
     tokenizer, config = load_tokenizer(directory), read_config(directory).get_text_config()
-    converter = ChatConverter(tokenizer, end_tokens(directory, tokenizer), config.max_position_embeddings)
+    converter = ChatConverter(tokenizer, closing_tokens(directory, tokenizer), config.max_position_embeddings)
     options = {key: getattr(arguments, key) for key in ("config", "split", "column", "source")}
     conversations = read_conversations(arguments.dataset, streaming=arguments.streaming, **options)
     logger.warning(

@@ -16,12 +16,21 @@ import torch
 from bebop.backbone import Backbone, load_tokenizer, read_config, resolve_checkpoint
 from bebop.data.answer import answer_prompts
 from bebop.data.append import GrowingRolloutFile, check_output
-from bebop.data.generate import check_openings, generate_rollouts, stop_tokens
+from bebop.data.end_tokens import end_tokens
+from bebop.data.generate import check_openings, generate_rollouts
 from bebop.data.prompts import Prompt, prompts_hash, read_prompts
 from bebop.data.rollouts import RolloutHeader, tokenizer_hash
 from bebop.data.served import ServerSampling, answer_prompts_on_server, generate_rollouts_on_server
 from bebop.data.server import Server, find_server
 from bebop.errors import InputError, errors_as_one_line
+
+# Options, the one that decides whether they have a meaning, and whether that must be given or left out.
+_ONLY = [
+    (("prompt_column", "samples_per_prompt"), "prompts", True),
+    (("prompt_temperature", "max_prompt_tokens"), "prompts", False),
+    (("served_model", "concurrency"), "server", True),
+    (("batch_size",), "server", False),
+]
 
 
 def main() -> None:
@@ -31,24 +40,28 @@ def main() -> None:
     parser.add_argument("--output", required=True, type=Path, help="rollout file to write, *.jsonl; must not exist")
     parser.add_argument("--count", type=int, help="rollouts to write; if left out 1000, or all of --prompts")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the answers")
-    parser.add_argument("--prompt-temperature", type=float, default=1.0, help="of prompts that the model writes")
-    parser.add_argument("--max-prompt-tokens", type=int, default=64, help="longest prompt kept that the model writes")
     parser.add_argument("--max-response-tokens", type=int, default=256, help="answers are cut off there")
-    parser.add_argument("--batch-size", type=int, default=128, help="dialogues sampled at once in process")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling; SGLang goes by its own")
-    parser.add_argument("--prompts", help="*.jsonl, *.txt, or data set (directory or hub id, with :SPLIT if not train)")
-    parser.add_argument("--prompt-column", help="where the prompts are; if left out prompt_ids, messages or prompt")
-    parser.add_argument("--samples-per-prompt", type=int, default=1, help="answers to every one of --prompts")
-    parser.add_argument("--server", help="URL of a vLLM or SGLang server that samples instead of this process")
-    parser.add_argument("--served-model", help="name of the model on the server, if it has several")
-    parser.add_argument("--concurrency", type=int, default=128, help="requests to the server at once")
+    own = parser.add_argument_group("prompts that the model writes")
+    own.add_argument("--prompt-temperature", type=float, default=1.0, help="of the prompts")
+    own.add_argument("--max-prompt-tokens", type=int, default=64, help="longest prompt kept")
+    given = parser.add_argument_group("prompts that are given")
+    given.add_argument("--prompts", help="*.jsonl, *.txt, or data set (directory or hub id, with :SPLIT if not train)")
+    given.add_argument("--prompt-column", help="where the prompts are; if left out prompt_ids, messages or prompt")
+    given.add_argument("--samples-per-prompt", type=int, default=1, help="answers to each")
+    here = parser.add_argument_group("sampling in this process")
+    here.add_argument("--batch-size", type=int, default=128, help="dialogues sampled at once")
+    there = parser.add_argument_group("sampling on a server")
+    there.add_argument("--server", help="URL of a vLLM or SGLang server")
+    there.add_argument("--served-model", help="name of the model on the server, if it has several")
+    there.add_argument("--concurrency", type=int, default=128, help="requests at once")
     arguments = parser.parse_args()
     with errors_as_one_line():
+        _check(arguments, parser)
         _write(arguments)
 
 
 def _write(arguments: argparse.Namespace) -> None:
-    _check(arguments)
     if arguments.count is None and not arguments.prompts:
         arguments.count = 1000
     server = find_server(arguments.server, arguments.served_model) if arguments.server else None
@@ -68,7 +81,7 @@ def _write(arguments: argparse.Namespace) -> None:
     if there := file.written.total():
         print(f"{there} rollouts are in {file.partial}; going on from there")
     try:
-        stop = stop_tokens(directory, tokenizer)
+        stop = end_tokens(directory, tokenizer)
         if server is None:
             backbone = Backbone.load(str(directory), device="cuda" if torch.cuda.is_available() else "cpu")
             _sample(arguments, backbone, tokenizer, stop, prompts, file)
@@ -83,16 +96,17 @@ def _write(arguments: argparse.Namespace) -> None:
     print(f"wrote {file.written.total()} rollouts to {arguments.output}")
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_output(arguments.output)
     numbers = ("temperature", "prompt_temperature", "max_prompt_tokens", "max_response_tokens", "batch_size")
     for key in (*numbers, "samples_per_prompt", "concurrency", *(["count"] if arguments.count is not None else [])):
         if not 0 < getattr(arguments, key) < math.inf:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(arguments, key)}, expected a number above 0")
-    if arguments.samples_per_prompt > 1 and not arguments.prompts:
-        raise InputError("--samples-per-prompt needs --prompts; prompts that the model writes are answered once")
-    if arguments.served_model and not arguments.server:
-        raise InputError("--served-model names a model on a server; give --server too")
+    for keys, other, needed in _ONLY:
+        for key in keys:
+            if bool(getattr(arguments, other)) != needed and getattr(arguments, key) != parser.get_default(key):
+                found = f"--{key.replace('_', '-')} has no meaning {'without' if needed else 'with'} --{other}"
+                raise InputError(f"{found}; {'give that too' if needed else 'leave one of them out'}")
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any, vocab_size: int, max_tokens: int) -> list[Prompt]:

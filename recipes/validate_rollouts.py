@@ -9,8 +9,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +35,10 @@ def main() -> None:
         "--tokens-per-micro-batch", type=int, default=defaults.tokens_per_micro_batch, help="to measure the padding at"
     )
     parser.add_argument("--draft-steps", type=int, default=defaults.draft_steps, help="K")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to; replaced if it exists")
+    parser.add_argument("--held-out-share", type=float, default=defaults.held_out_share, help="kept for evaluation by a run")
+    parser.add_argument("--max-length", type=int, default=0, help="longest conversation; 0 means what the model takes")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to, every token's count among them; replaced")
+    parser.add_argument("--plot", type=Path, help="PNG file to draw lengths and token frequencies in; replaced")
     arguments = parser.parse_args()
     with errors_as_one_line():
         found = _validate(arguments)
@@ -46,15 +51,24 @@ def _validate(arguments: argparse.Namespace) -> Validation:
     for key in ("tokens_per_micro_batch", "draft_steps"):
         if getattr(arguments, key) < 1:
             raise InputError(f"--{key.replace('_', '-')} is {getattr(arguments, key)}, expected 1 or more")
+    if not 0 <= arguments.held_out_share < 1:
+        raise InputError(f"--held-out-share is {arguments.held_out_share}, expected a share from 0 to below 1")
+    if arguments.max_length < 0:
+        raise InputError(f"--max-length is {arguments.max_length}, expected 0 or more")
     found = validate(
         arguments.files,
         draft_steps=arguments.draft_steps,
         tokens_per_micro_batch=arguments.tokens_per_micro_batch,
+        held_out_share=arguments.held_out_share,
+        max_length=arguments.max_length,
         model=arguments.model,
     )
     if arguments.json:
         with complete(arguments.json) as partial:
             partial.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    if arguments.plot:
+        with complete(arguments.plot) as partial:
+            _plot(found).savefig(partial, format="png", dpi=130)
     return found
 
 
@@ -63,7 +77,7 @@ def _print(found: Validation, console: Console) -> None:
     rows = {
         "files": "\n".join(found.files),
         "sampled by": f"{found.header.model} at temperature {found.header.temperature}",
-        "rollouts": f"{found.rollouts:,}",
+        "rollouts": f"{found.rollouts:,}, of which {found.held_out:,} are held out",
         "tokens": f"{found.tokens:,}",
         "supervised": f"{found.supervised_share:.1%} of the tokens",
         "finish reasons": _counts(found.finish_reasons),
@@ -84,14 +98,35 @@ def _print(found: Validation, console: Console) -> None:
     for low, count in found.response_histogram.items():
         histogram.add_row(f"{low:,} to {2 * low - 1:,}", f"{count:,}", "█" * -(-40 * count // most))
 
-    tokens = Table("id", "text", "share", title="Most frequent response tokens")
-    for token, text, share in found.frequent_tokens:
-        tokens.add_row(str(token), text, f"{share:.2%}")
+    counts = list(found.token_counts.values())
+    tokens = Table("id", "text", "share", title=f"Response tokens: {len(counts):,} of {found.header.vocab_size:,} occur")
+    for token, count in islice(found.token_counts.items(), 10):
+        text = found.token_texts.get(token)
+        tokens.add_row(str(token), "" if text is None else repr(text), f"{count / sum(counts):.2%}")
+    for most in (10, 100, 1000, 10_000):
+        tokens.add_row(f"the {most:,} most frequent", "", f"{sum(counts[:most]) / sum(counts):.2%}")
 
     for table in (facts, lengths, histogram, tokens):
         console.print(table)
     for warning in found.warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
+
+
+def _plot(found: Validation) -> Figure:
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, histogram, style in (
+        ("prompts", found.prompt_histogram, "s--"),
+        ("responses", found.response_histogram, "o-"),
+    ):
+        left.plot(list(histogram), list(histogram.values()), style, color="black", label=name)
+    left.set_xscale("log", base=2)
+    left.set(xlabel="tokens, from this to below twice as many", ylabel="rollouts", title="Lengths")
+    left.legend()
+    counts = list(found.token_counts.values())
+    right.loglog(range(1, len(counts) + 1), counts, color="black")
+    right.set(xlabel="rank of the token", ylabel="times in responses", title="Response tokens by frequency")
+    return figure
 
 
 def _counts(counts: dict[str, int]) -> str:

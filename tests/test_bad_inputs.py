@@ -4,11 +4,8 @@ import hashlib
 import importlib
 import json
 import re
-import resource
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +39,7 @@ from tests.bad_inputs import (
     truncated,
     written,
 )  # fmt: skip
+from tests.full_disk import full_disk
 from tests.rollouts import CHAT_TEMPLATE
 
 PARQUET = f"{TRAIN} --rollouts rollouts.parquet"
@@ -323,26 +321,12 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(spoil, command
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """No file can become larger: every library that writes fails as on a full disk, behind the first bytes.
-
-    torch.compile writes too, and would keep workers that may not.
-    """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with torch.compiler.set_stance("force_eager"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize(
     ("command", "size", "output"),
     [
         (CONVERT, 20_000, "new.jsonl"),
         (CONVERT.replace("new.jsonl", "new.parquet"), 1_000, "new.parquet"),
+        (GENERATE, 50, "new.jsonl"),
         (EXPORT, 20_000, "new"),  # safetensors
         (EVALUATE, 20_000, "new"),  # figures
         (f"{RESUME} auto", 20_000, "run/checkpoints/step-000002"),  # safetensors

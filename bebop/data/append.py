@@ -1,5 +1,6 @@
 """A rollout file that grows line by line, so that a run that was stopped or killed can go on."""
 
+import fcntl
 import json
 import os
 import time
@@ -8,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header, write_rollouts
+from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header
 from bebop.errors import InputError
 from bebop.writing import check_new, writing
 
@@ -31,7 +32,7 @@ class GrowingRolloutFile:
 
     Every rollout is a whole line, handed to the operating system at once: a killed run loses none, a machine that crashes
     those of a few seconds. A line also has a prompt_number, of the prompt it answers; a run that goes on knows by it what is
-    left to do, and readers of rollout files ignore it.
+    left to do, and readers of rollout files ignore it. A second run that would write the same file is refused.
 
     Attributes:
         partial: where the rollouts are until the file is complete.
@@ -42,7 +43,7 @@ class GrowingRolloutFile:
         header: of the file.
 
     Raises:
-        InputError: as of `check_output`; or the partial file is damaged, or was begun with other settings.
+        InputError: as of `check_output`; or the partial file is damaged, was begun with other settings, or is being written.
     """
 
     def __init__(self, output: Path, header: RolloutHeader):
@@ -51,9 +52,10 @@ class GrowingRolloutFile:
         self.partial = output.with_name(output.name + ".partial")
         self.written: Counter[int] = Counter()
         self._header = header
-        self._file: BinaryIO | None = None
         self._synced = time.monotonic()
-        self._whole = self._read() if self.partial.exists() else 0
+        self._file = self._locked("r+b") if self.partial.exists() else None
+        self._begun = False  # whether this run has written to it
+        self._whole = 0 if self._file is None else self._read(self._file)
         if self.written:
             self._refuse_other_settings(_settings(read_rollout_header(self.partial)), _settings(header))
 
@@ -63,45 +65,69 @@ class GrowingRolloutFile:
         Raises:
             InputError: it cannot be written; what was before it stays.
         """
-        record = rollout.record | {"prompt_number": prompt_number}
         with writing(self.partial):
-            file = self._open()
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-                os.fsync(file.fileno())
-                self._synced = time.monotonic()
+            try:
+                self._write(rollout.record | {"prompt_number": prompt_number})
+            except OSError:
+                if self._begun and not self.written:
+                    self.partial.unlink()
+                raise
         self.written[prompt_number] += 1
 
     def complete(self) -> None:
         """Give the file its name."""
         with self._open() as file:
+            file.flush()
             os.fsync(file.fileno())
-        self.partial.rename(self.output)
+            self.partial.rename(self.output)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        file = self._open()
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(file.fileno())
+            self._synced = time.monotonic()
 
     def _open(self) -> BinaryIO:
+        """The file, with its header at least, to write at its end."""
         if self._file is None:
-            if self.written:
-                os.truncate(self.partial, self._whole)  # drops a line that was not written to its end
-            else:
-                write_rollouts(self.partial, self._header, [])
-            self._file = self.partial.open("ab")
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._locked("x+b")
+        if not self._begun:
+            self._begun = True
+            self._file.truncate(self._whole if self.written else 0)  # drops a line that was not written to its end
+            self._file.seek(0, os.SEEK_END)
+            if not self.written:
+                self._write(self._header.record)
         return self._file
 
-    def _read(self) -> int:
+    def _locked(self, mode: str) -> BinaryIO:
+        """The partial file, which no other run may write until this one ends."""
+        try:
+            file = self.partial.open(mode)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError):
+            raise InputError(
+                f"{self.partial} is being written by another run; wait for its end, or choose another output"
+            ) from None
+        except OSError as error:
+            raise InputError(f"{self.partial} cannot be opened to be written ({error.strerror})") from error
+        return file  # type: ignore[return-value]
+
+    def _read(self, file: BinaryIO) -> int:
         """Count the rollouts that are there; the length of the file's whole lines in bytes."""
         size = 0
-        with self.partial.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                size += len(line)
-                if number == 1:  # the header
-                    continue
-                try:
-                    self.written[int(json.loads(line)["prompt_number"])] += 1
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{self.partial}:{number} is damaged; remove the file to start anew") from None
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            size += len(line)
+            if number == 1:  # the header
+                continue
+            try:
+                self.written[int(json.loads(line)["prompt_number"])] += 1
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f"{self.partial}:{number} is damaged; remove the file to start anew") from None
         return size
 
     def _refuse_other_settings(self, found: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import GenerationConfig
 
-from bebop.backbone import read_config
 from bebop.data.conversations import Conversation
+from bebop.data.end_tokens import end_tokens
 from bebop.data.rollouts import Rollout, conversation_id
 from bebop.errors import InputError
 
@@ -21,8 +20,8 @@ _MARK = "\u2402bebop\u2402"
 _MOST_MERGED = 0.01  # share of turns whose first token may reach back into the prompt
 
 
-def end_tokens(directory: Path, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: the one with which the chat template closes it, and the model's end tokens.
+def closing_tokens(directory: Path, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer in the template's text: the one with which it closes an answer, and the model's own.
 
     Args:
         directory: of the model's checkpoint.
@@ -33,11 +32,7 @@ def end_tokens(directory: Path, tokenizer: Any) -> set[int]:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{directory} has no chat template to render messages with; use an instruction-tuned model")
-    try:
-        ends = GenerationConfig.from_pretrained(directory).eos_token_id
-    except OSError:  # no generation_config.json
-        ends = read_config(directory).get_text_config().eos_token_id
-    ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    ends = set(end_tokens(directory, tokenizer))
     answered = Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}], place="a dialogue")
     behind = _render(tokenizer, answered, 2, opened=False).rpartition(_MARK)[2]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

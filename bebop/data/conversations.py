@@ -2,17 +2,11 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from glob import has_magic
-from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-
+from bebop.data.data_sets import read_data_set, without_none
 from bebop.errors import InputError
-
-_ENDINGS = (".json", ".jsonl", ".parquet", ".gz", ".bz2", ".xz", ".zst")
 
 
 @dataclass
@@ -54,14 +48,11 @@ def read_conversations(
     Raises:
         InputError: the data set cannot be read, or a row has no messages under `column`; names the columns there are.
     """
-    with _refusing(names):
-        data_set = _load(names, config, split, streaming)
-    return _conversations(names, data_set, column, source)
+    return _conversations(read_data_set(names, config=config, split=split, streaming=streaming), column, source)
 
 
-def _conversations(names: Sequence[str], data_set: Any, column: str, source: str) -> Iterator[Conversation]:
-    for number, row in enumerate(_rows(names, data_set)):
-        place = f"{' '.join(names)}, row {number}"
+def _conversations(rows: Iterator[tuple[str, dict[str, Any]]], column: str, source: str) -> Iterator[Conversation]:
+    for place, row in rows:
         if column not in row:
             raise InputError(f"{place} has no column {column!r}, only {', '.join(row)}; name the one with the messages")
         if not _are_messages(messages := without_none(row[column])):
@@ -70,38 +61,6 @@ def _conversations(names: Sequence[str], data_set: Any, column: str, source: str
                 f"the columns are {', '.join(row)}"
             )
         yield Conversation(messages, _tools(place, row.get("tools")), str(row.get(source, source) or ""), place)
-
-
-def _load(names: Sequence[str], config: str | None, split: str, streaming: bool) -> Any:
-    if len(names) == 1 and not has_magic(names[0]) and Path(names[0]).suffix not in _ENDINGS:
-        return load_dataset(names[0], config, split=split, streaming=streaming)
-    builders = {"parquet" if name.endswith(".parquet") else "json" for name in names}
-    if len(builders) > 1:
-        raise InputError(f"{' '.join(names)} are of several formats; give JSON files or parquet files")
-    if missing := [name for name in names if not has_magic(name) and not Path(name).is_file()]:
-        raise InputError(
-            f"data set file {missing[0]} does not exist; expected a hub id, a directory, or JSON or parquet files"
-        )
-    return load_dataset(builders.pop(), data_files=list(names), split=split, streaming=streaming)
-
-
-def _rows(names: Sequence[str], data_set: Any) -> Iterator[dict[str, Any]]:
-    with _refusing(names):
-        yield from data_set
-
-
-@contextmanager
-def _refusing(names: Sequence[str]) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # datasets raises many kinds, those of the formats' readers among them
-        cause = error.__cause__ or error  # what the reader of the format said
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        raise InputError(
-            f"data set {' '.join(names)} cannot be read ({reason}); expected a hub id, a directory, or JSON or parquet files"
-        ) from error
 
 
 def _are_messages(value: Any) -> bool:
@@ -119,10 +78,3 @@ def _tools(place: str, value: Any) -> list[dict[str, Any]] | None:
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: tools is not JSON ({error.msg}); expected a list of function schemas") from None
     return without_none(tools) or None
-
-
-def without_none(value: Any) -> Any:
-    """Without the keys that only other rows have, which columns of records hold as None: templates ask if they are there."""
-    if isinstance(value, dict):
-        return {key: without_none(item) for key, item in value.items() if item is not None}
-    return [without_none(item) for item in value] if isinstance(value, list) else value

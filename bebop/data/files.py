@@ -42,6 +42,8 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> list[Path]:
         if os.path.isdir(name):
             raise InputError(f"{path} is a directory; give the rollout files in it, as '{path}/*.jsonl'")
         if not matches:
+            if os.path.isfile(f"{name}.partial"):
+                raise InputError(f"rollout file {path} is not complete yet: the command that began {path}.partial goes on")
             raise InputError(f"rollout file {path} does not exist; write one with recipes/generate_rollouts.py")
         for match in matches:
             found.setdefault(Path(match).resolve(), Path(match))

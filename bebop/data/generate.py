@@ -9,14 +9,12 @@ penalties is left aside; its end tokens count.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
-from bebop.backbone import read_config
 from bebop.data.progress import RolloutBar
 from bebop.data.prompts import Prompt
 from bebop.data.rollouts import Rollout
@@ -101,22 +99,6 @@ def _write_dialogues(
         if answered:
             start = len(before) + asked - 1 + len(after)
             yield row, text[:start], text[start : start + answered]
-
-
-def stop_tokens(directory: Path, tokenizer: Any) -> list[int]:
-    """Tokens at which an engine ends an answer: all of the model's generation config, and the tokenizer's.
-
-    Args:
-        directory: of the checkpoint; config.json serves where there is no generation_config.json.
-        tokenizer: the model's.
-    """
-    try:
-        config = GenerationConfig.from_pretrained(directory)
-    except OSError:
-        config = GenerationConfig.from_model_config(read_config(directory))
-    ends = config.eos_token_id
-    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None)
 
 
 def chat_openings(tokenizer: Any) -> tuple[list[int], list[int]]:

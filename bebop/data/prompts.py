@@ -9,10 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
 from tqdm import tqdm
 
-from bebop.data.conversations import without_none
+from bebop.data.data_sets import read_data_set, without_none
 from bebop.data.rollouts import Rollout, conversation_id
 from bebop.errors import InputError
 
@@ -55,8 +54,8 @@ def read_prompts(
     "source".
 
     Args:
-        name: a file of JSON lines (*.jsonl), a text file with a prompt a line (*.txt), or a data set: a directory or hub
-            id, with ":SPLIT" behind it if not "train" is meant.
+        name: a file of JSON lines (*.jsonl), a text file with a prompt a line (*.txt), or a data set: a hub id, a directory
+            or another file that datasets reads, with ":SPLIT" behind it if not "train" is meant.
         tokenizer: the model's.
         vocab_size: ids are below it.
         max_tokens: longer prompts are left out.
@@ -118,10 +117,11 @@ def _records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not path.is_file():
             raise InputError(f"prompt file {path} does not exist")
         yield from _file_records(path)
-    elif path.is_file():
-        raise InputError(f"prompt file {path} ends in {path.suffix!r}; expected JSON lines (*.jsonl) or text (*.txt)")
-    else:
-        yield from _data_set_records(name)
+        return
+    data_set, _, split = name.partition(":")
+    # Streaming: of a large data set no more is fetched than is asked for.
+    for place, row in read_data_set([data_set], split=split or "train", streaming=True):
+        yield place, without_none(row)
 
 
 def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -140,22 +140,6 @@ def _file_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, record
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
-
-
-def _data_set_records(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    data_set, _, split = name.partition(":")
-    try:
-        # Streaming: of a large data set no more is fetched than is asked for.
-        rows = load_dataset(str(Path(data_set).expanduser()), split=split or "train", streaming=True)
-        for number, row in enumerate(rows):
-            yield f"{name}, row {number}", without_none(row)
-    except (InputError, GeneratorExit):
-        raise
-    except Exception as error:  # the datasets library raises many kinds
-        raise InputError(
-            f"prompts {name!r} are neither a file (*.jsonl, *.txt) nor a data set that can be read (NAME or NAME:SPLIT): "
-            f"{str(error).strip().partition(chr(10))[0]}"
-        ) from error
 
 
 def _prompt_of(where: str, record: dict[str, Any], column: str | None) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bebop.backbone import Backbone, load_tokenizer
+from bebop.backbone import load_tokenizer, read_config
 from bebop.data.files import HEADER_KEY, find_files, read_header, read_records, write_file
 from bebop.errors import InputError
 
@@ -68,6 +68,11 @@ class RolloutHeader:
     temperature: float
     sampling: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """What a file holds of it."""
+        return {HEADER_KEY: FORMAT_VERSION} | asdict(self)
+
 
 def tokenizer_hash(tokenizer: Any) -> str:
     """Fingerprint of a tokenizer's token-to-id table, added tokens included."""
@@ -85,7 +90,7 @@ def write_rollouts(path: Path, header: RolloutHeader, rollouts: Iterable[Rollout
     Raises:
         InputError: .zst without the package for it; or the file cannot be written.
     """
-    return write_file(path, {HEADER_KEY: FORMAT_VERSION} | asdict(header), (r.record for r in rollouts))
+    return write_file(path, header.record, (r.record for r in rollouts))
 
 
 def read_rollouts(paths: str | Path | Sequence[str | Path]) -> tuple[RolloutHeader, list[Rollout]]:
@@ -173,45 +178,29 @@ def _ids(place: str, key: str, ids: Any, table: np.ndarray) -> list[int]:
 
 
 def check_rollouts_of(
-    backbone: Backbone, path: Path | str, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
+    directory: Path, path: Path | str, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
 ) -> None:
-    """Refuse rollouts that are not this backbone's own.
+    """Refuse rollouts that are not a backbone's own, by its config and tokenizer alone.
 
     Args:
-        backbone: that shall be trained for, or evaluated on, these rollouts.
+        directory: of the backbone that shall be trained for, or evaluated on, these rollouts.
         path, header, rollouts: what was read, and from where.
         max_length: longest conversation in tokens; 0 means what the backbone takes.
 
     Raises:
         InputError: another vocabulary or tokenizer, or a conversation that is too long.
     """
-    found = mismatches(
-        path,
-        header,
-        rollouts,
-        vocab_size=len(backbone.lm_head_weight),
-        tokenizer=load_tokenizer(backbone.directory),
-        max_length=min(max_length or backbone.max_length, backbone.max_length),
-    )
-    if problem := next(found, None):
+    if problem := next(mismatches(directory, path, header, rollouts, max_length), None):
         raise InputError(problem)
 
 
 def mismatches(
-    path: Path | str,
-    header: RolloutHeader,
-    rollouts: Sequence[Rollout],
-    *,
-    vocab_size: int,
-    tokenizer: Any,
-    max_length: int,
+    directory: Path, path: Path | str, header: RolloutHeader, rollouts: Sequence[Rollout], max_length: int = 0
 ) -> Iterator[str]:
-    """What shows that rollouts are not a model's own, a line each.
-
-    Args:
-        path, header, rollouts: what was read, and from where.
-        vocab_size, tokenizer, max_length: the model's; `max_length` in tokens of prompt and response.
-    """
+    """What `check_rollouts_of` refuses, a line each."""
+    config, tokenizer = read_config(directory).get_text_config(), load_tokenizer(directory)
+    vocab_size, longest = config.vocab_size, config.max_position_embeddings
+    max_length = min(max_length or longest, longest)
     if header.vocab_size != vocab_size:
         yield (
             f"{path} was sampled with a vocabulary of {header.vocab_size}, the backbone has {vocab_size}; "
@@ -244,6 +233,21 @@ def split_held_out(rollouts: Sequence[Rollout], share: float) -> tuple[list[Roll
     held_out = [int.from_bytes(key[:4], "big") < bound for key in keys]
     train = [r for r, out in zip(rollouts, held_out, strict=True) if not out]
     return train, [r for r, out in zip(rollouts, held_out, strict=True) if out]
+
+
+def split_problems(path: Path | str, rollouts: Sequence[Rollout], held_out_share: float, draft_steps: int) -> Iterator[str]:
+    """What keeps a head from being trained on a part of the rollouts and measured on the rest, a line each."""
+    for side, documents in zip(("training", "held-out"), split_held_out(rollouts, held_out_share), strict=True):
+        if not documents:
+            yield (
+                f"{path}: of {len(rollouts)} rollouts none is {side} at held_out_share {held_out_share}; "
+                "sample more rollouts or change the share"
+            )
+        elif (longest := max(len(r.response_ids) for r in documents)) <= draft_steps:
+            yield (
+                f"{path}: the longest {side} response has {longest} tokens, too few for {draft_steps} draft steps, which "
+                f"take {draft_steps + 1}; sample longer responses or lower draft_steps"
+            )
 
 
 def conversation_id(prompt_ids: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bebop.backbone import Backbone
+from bebop.backbone import Backbone, resolve_checkpoint
 from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, read_rollouts
 from bebop.errors import InputError
 from bebop.evaluation import plots, tables
@@ -111,18 +111,18 @@ def run_study(study: Study) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_all_cores(device)
     files = [(path, *read_rollouts(path)) for path in study.rollouts]
-    for path, header, rollouts in files:
+    directories = [resolve_checkpoint(name) for name in study.backbone]
+    for i, (path, header, rollouts) in enumerate(files):
         _check_texts(study, path, header, rollouts)
+        check_rollouts_of(directories[i if len(directories) > 1 else 0], path, header, rollouts)
     names = _names(study.rollouts)
     scored: list[_Scored] = []
     backbone, head, cost_ratio = None, None, study.cost_ratio
     for i, ((path, header, rollouts), name) in enumerate(zip(files, names, strict=True)):
         if backbone is None or len(study.backbone) > 1:
-            backbone = Backbone.load(study.backbone[i], compute_dtype(study.dtype, device), device)
+            backbone = Backbone.load(str(directories[i]), compute_dtype(study.dtype, device), device)
             head, _ = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
             cost_ratio = cost_ratio or weights_ratio(head, backbone)
-            for its_path, its_header, its_rollouts in files[i : i + 1] if len(study.backbone) > 1 else files:
-                check_rollouts_of(backbone, its_path, its_header, its_rollouts)
         assert head is not None
         scored += _score(study, name, path, header, rollouts, head, backbone)
     assert cost_ratio is not None

@@ -141,8 +141,8 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     return None
 
 
-def check_position(directory: Path, position: dict[str, Any]) -> None:
-    """Refuse to go on from a checkpoint with other data, or data in another order.
+def check_position(directory: Path, position: dict[str, Any], max_steps: int) -> None:
+    """Refuse to go on from a checkpoint with other data, with data in another order, or to a step before it.
 
     Raises:
         InputError: names what differs.
@@ -151,8 +151,11 @@ def check_position(directory: Path, position: dict[str, Any]) -> None:
     for key, value in position.items():
         if saved.get(key) != value:
             raise InputError(
-                f"resume: {directory} was written with {key} = {saved.get(key)}, this run has {value}; set it back"
+                f"resume: {directory} was written with {key} = {saved.get(key)}, this run has {value}; set it back (the "
+                f"configuration of then is {directory.parents[1] / 'config.yaml'}), or choose another output"
             )
+    if saved["step"] > max_steps:
+        raise InputError(f"resume: {directory} is of step {saved['step']}, beyond max_steps ({max_steps}); raise that")
 
 
 def drop_checkpoints_after(accelerator: Accelerator, run: Path, step: int) -> None:

@@ -1,6 +1,7 @@
 """Metrics of a run: JSON lines on disk, and a tracker if one is configured."""
 
 import json
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,27 @@ class Metrics:
     """Writes metrics.jsonl, a record a step or evaluation, and passes numbers on to accelerate's tracker.
 
     docs/training.md lists the metrics: those of `OptimiserStep` in training records, an `Acceptance` in evaluation records.
+
+    Args:
+        accelerator, run, config: of the run; `run` is its directory.
+        start: steps behind the checkpoint that the run goes on from, or 0. What was logged after it is forgotten, and to
+            its tracker it is still the same run.
     """
 
-    def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig):
+    def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig, start: int):
         self.accelerator = accelerator
         self.path = run / METRICS_FILE
+        if accelerator.is_main_process and self.path.exists():
+            _truncate(self.path, start)
         if accelerator.log_with:
             keys = asdict(config) | {"rollouts": " ".join(config.rollouts)}  # TensorBoard takes no lists
-            accelerator.init_trackers("bebop", config=keys, init_kwargs={"wandb": {"dir": str(run)}})
-
-    def truncate(self, step: int) -> None:
-        """Forget what was logged after the step that a run resumes from."""
-        if self.accelerator.is_main_process and self.path.exists():
-            whole = [line for line in self.path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            with complete(self.path) as partial:
-                partial.write_text("".join(kept))
+            options: dict[str, dict[str, Any]] = {
+                "tensorboard": {"purge_step": start + 1 if start else 0},
+                "wandb": {"dir": str(run), "resume": "allow"},
+            }
+            if config.tracker == "wandb" and accelerator.is_main_process:
+                options["wandb"]["id"] = _run_id(run / "wandb" / "run_id", start)
+            accelerator.init_trackers("bebop", config=keys, init_kwargs=options)
 
     def training(self, step: int, values: dict[str, Any]) -> None:
         self._write({"step": step, "kind": "training"} | values)
@@ -64,3 +70,18 @@ class Metrics:
 
     def close(self) -> None:
         self.accelerator.end_training()
+
+
+def _truncate(path: Path, start: int) -> None:
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    kept = [line for line in whole if start and json.loads(line)["step"] <= start]
+    with complete(path) as partial:
+        partial.write_text("".join(kept))
+
+
+def _run_id(file: Path, start: int) -> str:
+    """wandb's name for the run, drawn when it begins."""
+    if not start or not file.exists():
+        with complete(file) as partial:
+            partial.write_text(secrets.token_hex(4))
+    return file.read_text()

@@ -79,10 +79,11 @@ class _Run:
         if self.resume_from is None:
             self._check_output()
 
-        self.data = material or Material.load(config, accelerator)
-        self.backbone, self.dtype = self.data.backbone, self.data.dtype
+        self.data = material or Material.read(config, accelerator)
         if self.resume_from is not None:
-            check_position(self.resume_from, self._position())
+            check_position(self.resume_from, self._position(), config.max_steps)
+        self.data.load_backbone(accelerator)
+        self.backbone, self.dtype = self.data.backbone, self.data.dtype
         attention = "flex_attention" if accelerator.device.type == "cuda" else "sdpa"
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
@@ -104,7 +105,7 @@ class _Run:
         """What decides which data come at which step: a checkpoint resumes only where all of it is the same."""
         config = self.config
         return {
-            "backbone": fingerprint(self.backbone.directory),
+            "backbone": fingerprint(self.data.directory),
             "rollouts": digest(self.data.train),
             "processes": self.accelerator.num_processes,
             **{key: getattr(config, key) for key in ("seed", "accumulate", "tokens_per_micro_batch", "draft_steps")},
@@ -131,17 +132,16 @@ class _Run:
         )
         frozen = checksums(self.backbone.model)
         model, optimizer, scheduler = self._prepare()
-        metrics = Metrics(accelerator, self.output, config)
         start = 0
         if self.resume_from is not None:
             start = load_checkpoint(
                 accelerator, self.resume_from, optimizer, scheduler, config.learning_rate, config.weight_decay
             )
             drop_checkpoints_after(accelerator, self.output, start)
-            metrics.truncate(start)
+            metrics = Metrics(accelerator, self.output, config, start)
             self._log(f"resumed after step {start} from {self.resume_from}")
         else:
-            metrics.truncate(-1)
+            metrics = Metrics(accelerator, self.output, config, start)
             metrics.evaluation(0, self._evaluate())
 
         self._train(start, OptimiserStep(config, accelerator, self.data, model, optimizer, scheduler), metrics)
@@ -152,7 +152,7 @@ class _Run:
         if accelerator.is_main_process:
             facts = {
                 "backbone": config.backbone,
-                "fingerprint": fingerprint(self.backbone.directory),
+                "fingerprint": fingerprint(self.data.directory),
                 "draft_steps": config.draft_steps,
                 "temperature": config.temperature,
                 "loss": config.loss,

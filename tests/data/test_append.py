@@ -3,6 +3,7 @@ import pytest
 from bebop.data.append import GrowingRolloutFile
 from bebop.data.rollouts import Rollout, RolloutHeader, read_rollouts, write_rollouts
 from bebop.errors import InputError
+from tests.full_disk import full_disk
 
 HEADER = RolloutHeader(model="m", tokenizer_hash="abc", vocab_size=50, temperature=0.7, sampling={"seed": 1, "top": None})
 ROLLOUTS = [Rollout([1, 2], [3, 4, 2]), Rollout([1], [9] * 5, "length", "math"), Rollout([4], [2])]
@@ -33,6 +34,7 @@ def test_a_killed_run_goes_on_behind_the_last_whole_line(cut, output):
         file.append(number, rollout)
     if cut:
         file.partial.write_bytes(file.partial.read_bytes()[:-cut])
+    del file  # as the process it was in
     again = GrowingRolloutFile(output, HEADER)
     assert again.written == ({5: 1, 3: 1} if cut else {5: 2, 3: 1})
     if cut:
@@ -75,6 +77,7 @@ def test_damage_within_the_file_is_refused(output):
     lines = file.partial.read_bytes().split(b"\n")
     lines[1] = lines[1][:10] + b"\0" * 9
     file.partial.write_bytes(b"\n".join(lines))
+    del file
     with pytest.raises(InputError, match=r"partial:2 is damaged; remove"):
         GrowingRolloutFile(output, HEADER)
 
@@ -85,3 +88,33 @@ def test_names_that_cannot_be_used_are_refused(tmp_path):
     (tmp_path / "r.jsonl").touch()
     with pytest.raises(InputError, match="exists; choose another name"):
         GrowingRolloutFile(tmp_path / "r.jsonl", HEADER)
+
+
+def test_a_second_run_is_refused_while_the_first_one_writes(output):
+    """Whether it starts before the first rollout of the other, or behind it."""
+    first, second = GrowingRolloutFile(output, HEADER), GrowingRolloutFile(output, HEADER)
+    first.append(0, ROLLOUTS[0])
+    for refused in (lambda: second.append(0, ROLLOUTS[1]), lambda: GrowingRolloutFile(output, HEADER)):
+        with pytest.raises(InputError, match="is being written by another run"):
+            refused()
+    first.append(1, ROLLOUTS[1])
+    first.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS[:2])
+
+
+@pytest.mark.parametrize(("size", "whole"), [(20, 0), (400, 2)])
+def test_a_full_disk_leaves_what_is_whole_or_nothing(size, whole, output):
+    """Within the header, and within the third rollout."""
+    file = GrowingRolloutFile(output, HEADER)
+    for number in range(whole):
+        file.append(number, ROLLOUTS[number])
+    with full_disk(size), pytest.raises(InputError, match=r"partial cannot be written .* make room"):
+        file.append(whole, ROLLOUTS[whole])
+    assert file.written.total() == whole
+    assert file.partial.exists() == (whole > 0)
+    del file
+    again = GrowingRolloutFile(output, HEADER)
+    for number in range(again.written.total(), 3):
+        again.append(number, ROLLOUTS[number])
+    again.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS)

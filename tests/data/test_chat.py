@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from bebop.data.chat import ChatConverter, end_tokens
+from bebop.data.chat import ChatConverter, closing_tokens
 from bebop.data.conversations import Conversation, read_conversations
 from bebop.data.rollouts import Rollout, read_rollouts, tokenizer_hash
 from bebop.errors import InputError
@@ -205,13 +205,13 @@ def test_what_gives_no_rollout_is_refused_by_name(template, messages, message):
         (LLAMA_3, ["<|endoftext|>", "<|im_end|>"], {"<|eot_id|>", "<|endoftext|>", "<|im_end|>"}),
     ],
 )
-def test_end_tokens_are_the_templates_and_the_models(template, generation, expected, tmp_path):
+def test_closing_tokens_are_the_templates_and_the_models(template, generation, expected, tmp_path):
     tokenizer = make_tokenizer(template)
     model = make_checkpoint(tmp_path / "model", "qwen2", vocab_size=600, eos_token_id=tokenizer.eos_token_id)
     (model / "generation_config.json").unlink(missing_ok=True)
     if generation:
         GenerationConfig(eos_token_id=tokenizer.convert_tokens_to_ids(generation)).save_pretrained(model)
-    assert set(tokenizer.convert_ids_to_tokens(sorted(end_tokens(model, tokenizer)))) == expected
+    assert set(tokenizer.convert_ids_to_tokens(sorted(closing_tokens(model, tokenizer)))) == expected
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_end_tokens_are_the_templates_and_the_models(template, generation, expec
 )
 def test_templates_that_do_not_end_answers_are_refused(template, message, tmp_path):
     with pytest.raises(InputError, match=message):
-        end_tokens(make_checkpoint(tmp_path / "model", "qwen2"), make_tokenizer(template))
+        closing_tokens(make_checkpoint(tmp_path / "model", "qwen2"), make_tokenizer(template))
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,10 @@
-import json
 from collections import Counter
 from itertools import islice
 
 import pytest
 import torch
 
-from bebop.data.generate import chat_openings, generate_rollouts, stop_tokens
+from bebop.data.generate import chat_openings, generate_rollouts
 from bebop.errors import InputError
 from bebop.sampling import draw
 from tests.rollouts import CHAT_TEMPLATE, make_tokenizer
@@ -112,18 +111,6 @@ def test_a_run_that_goes_on_writes_what_is_missing(model, stopped_after):
     rest = list(generate(model, **options, written=Counter(number for number, _ in first)))
     assert first + rest == whole
     assert len({number for number, _ in whole}) == 40
-
-
-def test_end_tokens_are_those_of_engines(tmp_path):
-    """All of generation_config.json and the tokenizer's; config.json's where there is no generation config."""
-    model = make_model("qwen2", eos_token_id=EOS)
-    model.config.save_pretrained(tmp_path)
-    tokenizer = make_tokenizer()
-    assert stop_tokens(tmp_path, tokenizer) == [EOS]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 5], "top_k": 3}))
-    assert stop_tokens(tmp_path, tokenizer) == [5, 7]
-    tokenizer.eos_token = "<end>"
-    assert stop_tokens(tmp_path, tokenizer) == [5, 7, END]
 
 
 def test_more_tokens_than_the_model_takes_are_refused(model):

@@ -14,7 +14,7 @@ from bebop.data.rollouts import (
 )
 from bebop.errors import InputError
 from tests.rollouts import make_tokenizer
-from tests.tiny_models import make_backbone
+from tests.tiny_models import make_checkpoint
 
 HEADER = RolloutHeader(model="m", tokenizer_hash="abc", vocab_size=50, temperature=0.7, sampling={"seed": 1})
 ROLLOUTS = [Rollout([1, 2], [3, 4, 2]), Rollout([1], [9] * 5, "length")]
@@ -62,23 +62,23 @@ def test_missing_file_is_refused(tmp_path):
 
 
 def test_rollouts_of_another_model_are_refused(tmp_path):
-    backbone = make_backbone(tmp_path / "model", "qwen2")  # a vocabulary of 131, 256 tokens at most
-    make_tokenizer().save_pretrained(backbone.directory)
+    model = make_checkpoint(tmp_path / "model", "qwen2")  # a vocabulary of 131, 256 tokens at most
+    make_tokenizer().save_pretrained(model)
     own = RolloutHeader("m", tokenizer_hash(make_tokenizer()), 131, 0.7)
     for name in ("a", "b"):
         write_rollouts(tmp_path / f"{name}.jsonl", own, ROLLOUTS[:1] if name == "a" else ROLLOUTS)
     header, rollouts = read_rollouts(tmp_path / "*.jsonl")
-    check_rollouts_of(backbone, "both", header, rollouts)
+    check_rollouts_of(model, "both", header, rollouts)
     with pytest.raises(InputError, match=r"b.jsonl:3: 6 tokens, longer than the 5 .*1 of 3 rollouts"):
-        check_rollouts_of(backbone, "both", header, rollouts, max_length=5)
+        check_rollouts_of(model, "both", header, rollouts, max_length=5)
     with pytest.raises(InputError, match="longer than the 256"):
-        check_rollouts_of(backbone, "both", header, [Rollout([1] * 250, [2] * 7)], max_length=1000)
+        check_rollouts_of(model, "both", header, [Rollout([1] * 250, [2] * 7)], max_length=1000)
     header.vocab_size = 150
     with pytest.raises(InputError, match="both was sampled with a vocabulary of 150, the backbone has 131"):
-        check_rollouts_of(backbone, "both", header, rollouts)
+        check_rollouts_of(model, "both", header, rollouts)
     header.vocab_size, header.tokenizer_hash = 131, "abc"
     with pytest.raises(InputError, match="both was written with another tokenizer"):
-        check_rollouts_of(backbone, "both", header, rollouts)
+        check_rollouts_of(model, "both", header, rollouts)
 
 
 def test_several_files_are_read_in_order_and_once(tmp_path):

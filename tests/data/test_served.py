@@ -217,8 +217,10 @@ def test_given_prompts_in_process_and_what_is_said_of_them(checkpoint, tmp_path,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--samples-per-prompt", "2"], "needs --prompts"),
-        (["--served-model", "x"], "give --server too"),
+        (["--samples-per-prompt", "2"], "--samples-per-prompt has no meaning without --prompts; give that too"),
+        (["--served-model", "x"], "--served-model has no meaning without --server; give that too"),
+        (["--server", "u", "--batch-size", "8"], "--batch-size has no meaning with --server; leave one of them out"),
+        (["--prompts", "p", "--max-prompt-tokens", "8"], "--max-prompt-tokens has no meaning with --prompts; leave one"),
         (["--count", "0"], "--count is 0, expected a number above 0"),
         (["--server", "http://127.0.0.1:9"], "no server answers"),
     ],

@@ -23,7 +23,8 @@ def first_step(config, micro_batches, learning_rate: float = 1e-3):
     """Record and gradients of a single step."""
     config = dataclasses.replace(config, accumulate=len(micro_batches))
     accelerator = make_accelerator(config)
-    material = Material.load(config, accelerator)
+    material = Material.read(config, accelerator)
+    material.load_backbone(accelerator)
     head, _ = head_for(material.backbone)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate)
     model, optimizer, scheduler = accelerator.prepare(
@@ -92,7 +93,7 @@ def test_a_micro_batch_without_a_valid_pair_takes_part(tmp_path):
     record, gradients = first_step(config, EIGHT)
     header, rollouts = read_rollouts(config.rollouts)
     write_rollouts(Path(config.rollouts[0]), header, [*rollouts, *(Rollout([7, 8], [i]) for i in range(9, 30))])
-    short = next(i for i, r in enumerate(Material.load(config, make_accelerator(config)).train) if len(r.response_ids) == 1)
+    short = next(i for i, r in enumerate(Material.read(config, make_accelerator(config)).train) if len(r.response_ids) == 1)
     with_short, others = first_step(config, [*EIGHT, [[short]]])
     assert with_short["chains"] == record["chains"]
     assert with_short["loss"] == pytest.approx(record["loss"], rel=1e-6)

@@ -3,6 +3,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bebop.backbone import Backbone
 from bebop.data.rollouts import read_rollouts
@@ -158,7 +160,7 @@ def test_runs_that_share_model_and_data_end_as_runs_alone(tmp_path):
     first, second = (
         dataclasses.replace(alone, output=str(tmp_path / name), loss=loss) for name, loss in (("a", "ce"), ("b", "e2e_tv"))
     )
-    material = Material.load(first, make_accelerator(first))
+    material = Material.read(first, make_accelerator(first))
     train(first, material)
     states = material.train_states
     train(second, material)
@@ -222,6 +224,16 @@ def test_resuming_with_other_data_is_refused(key, value, config):
     setattr(config, key, value)
     with pytest.raises(InputError, match="rollouts" if key == "held_out_share" else key):
         train(config)
+
+
+def test_resuming_to_a_step_before_the_checkpoint_is_refused(config):
+    """Its report would be of another head than the one it is for."""
+    train(config)
+    before = {path: path.read_bytes() for path in Path(config.output).glob("*.*")}
+    config.resume, config.max_steps = "auto", 5
+    with pytest.raises(InputError, match=r"step-000006 is of step 6, beyond max_steps \(5\)"):
+        train(config)
+    assert {path: path.read_bytes() for path in Path(config.output).glob("*.*")} == before
 
 
 def test_resuming_from_an_older_checkpoint_drops_the_newer(config):
@@ -322,6 +334,28 @@ def test_metrics_reach_the_tracker(tracker, files, config, monkeypatch):
     (written,) = Path(config.output).glob(files)
     assert written.stat().st_size > 500
     assert b"training/accept_length" in written.read_bytes()
+
+
+def test_a_run_that_goes_on_is_the_same_to_tensorboard(config):
+    """Steps that a killed run had logged behind its last checkpoint are not there twice."""
+    config.tracker, config.max_steps, config.save_every = "tensorboard", 3, 2
+    train(config)
+    shutil.rmtree(Path(config.output) / "checkpoints" / "step-000003")
+    config.resume, config.max_steps = "auto", 4
+    train(config)
+    events = EventAccumulator(str(Path(config.output) / "bebop")).Reload()
+    assert [event.step for event in events.Scalars("training/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("evaluation/accept_length")] == [0, 4]
+
+
+def test_a_run_that_goes_on_is_the_same_to_wandb(config, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config.tracker, config.max_steps = "wandb", 2
+    train(config)
+    config.resume, config.max_steps = "auto", 3
+    train(config)
+    names = {path.stem for path in Path(config.output).glob("wandb/offline-run-*/*.wandb")}
+    assert names == {f"run-{(Path(config.output) / 'wandb' / 'run_id').read_text()}"}
 
 
 def test_errors_are_one_line(tmp_path):
