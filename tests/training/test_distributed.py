@@ -58,3 +58,18 @@ def test_two_processes_train_the_same_head_as_one(strategy, single, tmp_path):
     )
     for name, tensor in trained(single).items():
         torch.testing.assert_close(trained(double)[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_full_disk_ends_all_processes_and_leaves_the_checkpoint_before(strategy, tmp_path):
+    """FSDP2 writes from every process, in another format than the others."""
+    config = make_config(tmp_path, "qwen2", max_steps=2, save_every=1)
+    run(config, strategy_file(strategy, tmp_path))
+    config.max_steps, config.resume = 4, "auto"
+    started = start(config, strategy_file(strategy, tmp_path), 2, largest_file=20_000)
+    for process in started:
+        process.join(120)
+    assert [process.exitcode for process in started] == [1, 1]
+    assert "step-000003 cannot be written" in (tmp_path / "error.txt").read_text()
+    assert sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    run(config, strategy_file(strategy, tmp_path))
