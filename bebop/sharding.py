@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bebop.errors import InputError
+from bebop.processes import from_first
 
 
 def load_sharded(load: Callable[[], Any], skeleton: Callable[[], Any], device: torch.device) -> Any:
@@ -31,16 +31,8 @@ def load_sharded(load: Callable[[], Any], skeleton: Callable[[], Any], device: t
     Raises:
         InputError: what `load` raised on process 0, on every process.
     """
-    model: Any = None
-    failed: list[InputError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            model = load()
-        except InputError as error:
-            failed = [error]
-    dist.broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
+    loaded: list[Any] = []
+    from_first(lambda: loaded.append(load()))
     sharded = skeleton()
     decoder = sharded.get_decoder()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -50,7 +42,7 @@ def load_sharded(load: Callable[[], Any], skeleton: Callable[[], Any], device: t
     # The root manages no weights; it lets the layers share streams, so that one is gathered while another runs.
     fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()) - in_layers)
     sharded.to_empty(device=device)
-    state = {} if model is None else model.state_dict()
+    state = loaded[0].state_dict() if loaded else {}
     set_model_state_dict(sharded, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     sharded.tie_weights()
     # Its buffers are in no state dict; they depend on the config alone.

@@ -24,25 +24,41 @@ def complete(path: Path) -> Iterator[Path]:
     Raises:
         InputError: as of `writing`.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".writing")
     with writing(path):
         remove(partial)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            for written in partial.rglob("*") if partial.is_dir() else [partial]:
-                if written.is_file() and not written.is_symlink():
-                    with written.open("rb") as file:
-                        os.fsync(file.fileno())  # on the disk before it gets its name
             if partial.is_dir() and path.is_dir():
                 remove(old := path.with_name(path.name + ".old"))
                 path.rename(old)
-                partial.rename(path)
+                rename(partial, path)
                 remove(old)
             else:
-                partial.rename(path)
+                rename(partial, path)
         finally:
             remove(partial)
+
+
+def rename(partial: Path, path: Path) -> None:
+    """Give a file or directory its name once all of it is on the disk, and put the name on the disk too."""
+    for written in [partial, *partial.rglob("*")]:
+        if not written.is_symlink():
+            _sync(written)
+    partial.rename(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # not every file system has that for directories
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -272,9 +272,8 @@ def measure(config: TrainConfig, accelerator: Accelerator, count: int) -> dict[s
         }
         for name in variants
     }  # fmt: skip
-    padding = validate(
-        config.rollouts, draft_steps=config.draft_steps, tokens_per_micro_batch=config.tokens_per_micro_batch
-    ).padding_share
+    run = {key: getattr(config, key) for key in ("draft_steps", "tokens_per_micro_batch", "held_out_share", "max_length")}
+    padding = validate(config.rollouts, **run).padding_share
     return {
         "device": device_name(device.type),
         "load": {"before": load, "after": os.getloadavg()},

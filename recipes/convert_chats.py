@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--column", default="messages", help="with the messages (default: messages)")
     parser.add_argument("--source", default="", help="column with each conversation's source, or the source of all")
     parser.add_argument("--streaming", action="store_true", help="read as needed, instead of fetching the data set first")
+    parser.add_argument(
+        "--skip-unfit", action="store_true", help="leave out conversations that cannot be converted, instead of ending there"
+    )
     parser.add_argument("--count", type=int, help="most rollouts to write (default: all)")
     parser.add_argument("--model", required=True, help="directory or hub id of the model that wrote the answers")
     parser.add_argument("--temperature", type=float, required=True, help="at which it sampled them")
@@ -60,7 +63,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise InputError(f"--count is {arguments.count}, expected 1 or more")
     directory = resolve_checkpoint(arguments.model, weights=False)
     tokenizer, config = load_tokenizer(directory), read_config(directory).get_text_config()
-    converter = ChatConverter(tokenizer, closing_tokens(directory, tokenizer), config.max_position_embeddings)
+    converter = ChatConverter(
+        tokenizer, closing_tokens(directory, tokenizer), config.max_position_embeddings, arguments.skip_unfit
+    )
     options = {key: getattr(arguments, key) for key in ("config", "split", "column", "source")}
     conversations = read_conversations(arguments.dataset, streaming=arguments.streaming, **options)
     logger.warning(
@@ -82,6 +87,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         f"wrote {count} rollouts to {arguments.output}; left out of {converter.turns} turns: {converter.too_long} longer "
         f"than {converter.max_length} tokens, {converter.merged} with a token across the start of the answer"
     )
+    if converter.unfit:
+        print(f"left out {converter.unfit} conversations that do not fit, the first because: {converter.reason}")
 
 
 if __name__ == "__main__":

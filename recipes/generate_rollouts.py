@@ -35,7 +35,9 @@ _ONLY = [
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--model", required=True, help="directory or hub id of an instruction-tuned model")
     parser.add_argument("--output", required=True, type=Path, help="rollout file to write, *.jsonl; must not exist")
     parser.add_argument("--count", type=int, help="rollouts to write; if left out 1000, or all of --prompts")
@@ -65,7 +67,7 @@ def _write(arguments: argparse.Namespace) -> None:
     if arguments.count is None and not arguments.prompts:
         arguments.count = 1000
     server = find_server(arguments.server, arguments.served_model) if arguments.server else None
-    directory = resolve_checkpoint(arguments.model, weights=server is None)
+    directory = resolve_checkpoint(arguments.model, weights=False)  # what is refused costs no download of them
     config = read_config(directory).get_text_config()
     tokenizer = load_tokenizer(directory)
     max_length = config.max_position_embeddings
@@ -77,22 +79,22 @@ def _write(arguments: argparse.Namespace) -> None:
         prompts = _prompts(arguments, tokenizer, config.vocab_size, max_length - arguments.max_response_tokens)
     else:
         check_openings(tokenizer, arguments.max_prompt_tokens, arguments.max_response_tokens, max_length)
-    file = GrowingRolloutFile(arguments.output, _header(arguments, tokenizer, config.vocab_size, prompts, server))
-    if there := file.written.total():
-        print(f"{there} rollouts are in {file.partial}; going on from there")
-    try:
-        stop = end_tokens(directory, tokenizer)
-        if server is None:
-            backbone = Backbone.load(str(directory), device="cuda" if torch.cuda.is_available() else "cpu")
-            _sample(arguments, backbone, tokenizer, stop, prompts, file)
-        else:
-            _sample_on_server(arguments, server, config.vocab_size, tokenizer, stop, prompts, file)
-    except (InputError, OSError, KeyboardInterrupt) as error:
-        if not file.written:
+    stop = end_tokens(directory, tokenizer)
+    header = _header(arguments, tokenizer, config.vocab_size, prompts, server)
+    with GrowingRolloutFile(arguments.output, header) as file:
+        if there := file.written.total():
+            print(f"{there} rollouts are in {file.partial}; going on from there")
+        try:
+            if server is None:
+                backbone = Backbone.load(arguments.model, device="cuda" if torch.cuda.is_available() else "cpu")
+                _sample(arguments, backbone, tokenizer, stop, prompts, file)
+            else:
+                _sample_on_server(arguments, server, config.vocab_size, tokenizer, stop, prompts, file)
+            file.complete()
+        except (InputError, OSError, KeyboardInterrupt):
+            if kept := file.written.total():
+                print(f"{kept} rollouts are kept in {file.partial}; the same command goes on from there", file=sys.stderr)
             raise
-        reason = "stopped: " if isinstance(error, KeyboardInterrupt) else f"error: {error}\n"
-        sys.exit(f"{reason}{file.written.total()} rollouts are kept in {file.partial}; the same command goes on from there")
-    file.complete()
     print(f"wrote {file.written.total()} rollouts to {arguments.output}")
 
 

@@ -164,6 +164,12 @@ MODELS = {
         TRAIN,
         "model has no gone.safetensors, which its index names",
     ),
+    "generation_config.json truncated": (
+        truncated("model/generation_config.json"),
+        GENERATE,
+        "generation_config.json cannot",
+    ),
+    "a list for it": (written("model/generation_config.json", "[]"), CONVERT, "model/generation_config.json cannot be read"),
     "no tokenizer.json": (removed("model/tokenizer.json"), VALIDATE, "model has no tokenizer.json; save the model's"),
     "tokenizer.json truncated": (truncated("model/tokenizer.json"), TRAIN, "tokenizer.json or tokenizer_config.json is"),
     "tokenizer_config.json truncated": (truncated("model/tokenizer_config.json"), EXPORT, "tokenizer_config.json is"),

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -17,19 +18,21 @@ def prepared_ahead(
     """prepare(item) of every item, which a thread works out one item ahead.
 
     Args:
-        items: as many as wanted.
+        items: as many as wanted; the thread takes them too.
         prepare: reads files and makes tensors; no collectives.
         patience: seconds to wait for an item before a warning says that the data stall, and again after as many.
     """
+    rest = iter(items)
+
+    def prepare_next() -> list[Prepared]:
+        """The next item prepared, or nothing behind the last."""
+        return [prepare(item) for item in islice(rest, 1)]
+
     with ThreadPoolExecutor(1, thread_name_prefix="data") as thread:
-        waiting: Future[Prepared] | None = None
-        for item in items:
-            following = thread.submit(prepare, item)
-            if waiting is not None:
-                yield _wait(waiting, patience)
-            waiting = following
-        if waiting is not None:
-            yield _wait(waiting, patience)
+        waiting = thread.submit(prepare_next)
+        while found := _wait(waiting, patience):
+            waiting = thread.submit(prepare_next)
+            yield found[0]
 
 
 def _wait(future: "Future[Prepared]", patience: float) -> Prepared:

@@ -1,10 +1,13 @@
 """A rollout file that grows line by line, so that a run that was stopped or killed can go on."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +15,8 @@ from typing import Any, BinaryIO
 from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header
 from bebop.errors import InputError
 from bebop.writing import check_new, writing
+
+logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_SYNCS = 5.0
 
@@ -28,11 +33,12 @@ def check_output(output: Path) -> None:
 
 
 class GrowingRolloutFile:
-    """OUTPUT.partial, which is there from the first rollout on and becomes OUTPUT once it is complete.
+    """OUTPUT.partial, which becomes OUTPUT once it is complete.
 
     Every rollout is a whole line, handed to the operating system at once: a killed run loses none, a machine that crashes
     those of a few seconds. A line also has a prompt_number, of the prompt it answers; a run that goes on knows by it what is
-    left to do, and readers of rollout files ignore it. A second run that would write the same file is refused.
+    left to do, and readers of rollout files ignore it. A context manager: behind it no other run is kept from the file, and
+    one that got no rollout is gone.
 
     Attributes:
         partial: where the rollouts are until the file is complete.
@@ -43,7 +49,8 @@ class GrowingRolloutFile:
         header: of the file.
 
     Raises:
-        InputError: as of `check_output`; or the partial file is damaged, was begun with other settings, or is being written.
+        InputError: as of `check_output`; or the partial file is damaged, was begun with other settings, or another run
+            writes it.
     """
 
     def __init__(self, output: Path, header: RolloutHeader):
@@ -53,11 +60,24 @@ class GrowingRolloutFile:
         self.written: Counter[int] = Counter()
         self._header = header
         self._synced = time.monotonic()
-        self._file = self._locked("r+b") if self.partial.exists() else None
         self._begun = False  # whether this run has written to it
-        self._whole = 0 if self._file is None else self._read(self._file)
-        if self.written:
-            self._refuse_other_settings(_settings(read_rollout_header(self.partial)), _settings(header))
+        self._file = self._locked()
+        try:
+            self._whole = self._read()
+            if self.written:
+                self._refuse_other_settings(_settings(read_rollout_header(self.partial)), _settings(header))
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "GrowingRolloutFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.written:
+            self.partial.unlink(missing_ok=True)
+        with suppress(OSError):  # what could not be written is no part of `written`
+            self._file.close()
 
     def append(self, prompt_number: int, rollout: Rollout) -> None:
         """Add a rollout.
@@ -66,59 +86,61 @@ class GrowingRolloutFile:
             InputError: it cannot be written; what was before it stays.
         """
         with writing(self.partial):
-            try:
-                self._write(rollout.record | {"prompt_number": prompt_number})
-            except OSError:
-                if self._begun and not self.written:
-                    self.partial.unlink()
-                raise
+            self._begin()
+            self._write(rollout.record | {"prompt_number": prompt_number})
         self.written[prompt_number] += 1
 
     def complete(self) -> None:
-        """Give the file its name."""
-        with self._open() as file:
-            file.flush()
-            os.fsync(file.fileno())
+        """Give the file its name.
+
+        Raises:
+            InputError: another file has that name by now; the partial one stays.
+        """
+        with writing(self.partial):
+            self._begin()
+            os.fsync(self._file.fileno())
+            check_new(self.output)
             self.partial.rename(self.output)
 
-    def _write(self, record: dict[str, Any]) -> None:
-        file = self._open()
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
-            os.fsync(file.fileno())
-            self._synced = time.monotonic()
-
-    def _open(self) -> BinaryIO:
-        """The file, with its header at least, to write at its end."""
-        if self._file is None:
-            self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._locked("x+b")
+    def _begin(self) -> None:
+        """Drop a line that was not written to its end, and write the header unless it is there."""
         if not self._begun:
             self._begun = True
-            self._file.truncate(self._whole if self.written else 0)  # drops a line that was not written to its end
+            self._file.truncate(self._whole if self.written else 0)
             self._file.seek(0, os.SEEK_END)
             if not self.written:
                 self._write(self._header.record)
-        return self._file
 
-    def _locked(self, mode: str) -> BinaryIO:
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced > _SECONDS_BETWEEN_SYNCS:
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def _locked(self) -> BinaryIO:
         """The partial file, which no other run may write until this one ends."""
-        try:
-            file = self.partial.open(mode)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (FileExistsError, BlockingIOError):
-            raise InputError(
-                f"{self.partial} is being written by another run; wait for its end, or choose another output"
-            ) from None
-        except OSError as error:
-            raise InputError(f"{self.partial} cannot be opened to be written ({error.strerror})") from error
-        return file  # type: ignore[return-value]
+        with writing(self.partial):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise self._written_by_another() from None
+                logger.warning("the file system of %s has no locks: do not write it from two runs at once", self.partial)
+        # The other run may have completed it, or given it up, in between.
+        if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
+            raise self._written_by_another()
+        return file
 
-    def _read(self, file: BinaryIO) -> int:
+    def _written_by_another(self) -> InputError:
+        return InputError(f"{self.partial} is being written by another run; wait for its end, or choose another output")
+
+    def _read(self) -> int:
         """Count the rollouts that are there; the length of the file's whole lines in bytes."""
         size = 0
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(self._file, start=1):
             if not line.endswith(b"\n"):
                 break
             size += len(line)

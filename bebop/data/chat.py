@@ -53,18 +53,23 @@ class ChatConverter:
         too_long: turns left out because they are longer than `max_length`.
         merged: turns left out because the tokenizer joins text of prompt and response in one token. An engine tokenises the
             prompt by itself, so there is no context in which the model would say this.
+        unfit: conversations left out for another reason, if that was asked for.
+        reason: why the first of them was.
 
     Args:
         tokenizer: with the model's chat template.
         ends: tokens that end an answer.
         max_length: most tokens of prompt and response.
+        skip_unfit: leave out conversations that have nothing to learn from or cannot be rendered, instead of refusing them.
     """
 
-    def __init__(self, tokenizer: Any, ends: set[int], max_length: int):
+    def __init__(self, tokenizer: Any, ends: set[int], max_length: int, skip_unfit: bool = False):
         self.tokenizer = tokenizer
         self.ends = ends
         self.max_length = max_length
-        self.turns = self.too_long = self.merged = 0
+        self.skip_unfit = skip_unfit
+        self.turns = self.too_long = self.merged = self.unfit = 0
+        self.reason = ""
 
     def convert(self, conversations: Iterable[Conversation], count: int | None = None) -> Iterator[Rollout]:
         """Rollouts of conversations, in their order.
@@ -77,16 +82,30 @@ class ChatConverter:
             InputError: nothing fits; a conversation cannot be rendered, or not turn by turn; or too many turns are merged.
         """
         found = 0
-        rollouts = islice(chain.from_iterable(map(self._turns, conversations)), count)
+        rollouts = islice(chain.from_iterable(map(self._of, conversations)), count)
         for rollout in tqdm(rollouts, unit="rollout", total=count):
             found += 1
             yield rollout
         self._check_merged(self.turns)
         if not found:
+            unfit = f", {self.unfit} conversations do not fit ({self.reason})" if self.unfit else ""
             raise InputError(
                 f"none of {self.turns} turns of the assistant gave a rollout: {self.too_long} are longer than "
-                f"{self.max_length} tokens; give other conversations"
+                f"{self.max_length} tokens{unfit}; give other conversations"
             )
+
+    def _of(self, conversation: Conversation) -> list[Rollout]:
+        """Its rollouts, all or none."""
+        found = []
+        try:
+            found = list(self._turns(conversation))
+        except InputError as error:
+            if not self.skip_unfit:
+                raise
+            self.unfit += 1
+            self.reason = self.reason or str(error)
+        self._check_merged(max(self.turns, 1000))  # early, if it is many
+        return found
 
     def _turns(self, conversation: Conversation) -> Iterator[Rollout]:
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
@@ -111,7 +130,6 @@ class ChatConverter:
                 raise InputError(f"{conversation.place}: the prompt of message {i} is empty; leave it out")
             if whole_ids[: len(prompt_ids)] != prompt_ids:
                 self.merged += 1
-                self._check_merged(max(self.turns, 1000))  # early, if it is many
                 continue
             response = whole_ids[len(prompt_ids) :]
             length = next((n for n, token in enumerate(response, start=1) if token in self.ends), 0)

@@ -6,7 +6,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import DatasetDict, load_dataset, load_from_disk
 
 from bebop.errors import InputError
 
@@ -19,7 +19,8 @@ def read_data_set(
     """The rows of a data set in its order, each with words that say where it stands.
 
     Args:
-        names: a hub id or a directory; or JSON, JSON-lines or parquet files, or patterns of such.
+        names: a hub id; or a directory, that `save_to_disk` wrote or with files in it; or JSON, JSON-lines or parquet
+            files, or patterns of such.
         config: of a hub data set that has several.
         split: of the data set; files are all in "train".
         streaming: read as the rows are needed, instead of fetching and preparing all first.
@@ -33,6 +34,12 @@ def read_data_set(
 
 
 def _load(names: Sequence[str], config: str | None, split: str, streaming: bool) -> Any:
+    directory = Path(names[0]).expanduser()
+    if len(names) == 1 and any((directory / name).exists() for name in ("state.json", "dataset_dict.json")):
+        return _saved(directory, split)
+    for name in names:
+        if Path(name).expanduser().is_file() and Path(name).suffix not in _ENDINGS:
+            raise InputError(f"data set file {name} ends in {Path(name).suffix!r}; expected one of {', '.join(_ENDINGS)}")
     if len(names) == 1 and not has_magic(names[0]) and Path(names[0]).suffix not in _ENDINGS:
         return load_dataset(str(Path(names[0]).expanduser()), config, split=split, streaming=streaming)
     builders = {"parquet" if name.endswith(".parquet") else "json" for name in names}
@@ -44,6 +51,16 @@ def _load(names: Sequence[str], config: str | None, split: str, streaming: bool)
         )
     files = [str(Path(name).expanduser()) for name in names]
     return load_dataset(builders.pop(), data_files=files, split=split, streaming=streaming)
+
+
+def _saved(directory: Path, split: str) -> Any:
+    """What save_to_disk wrote: splits by name, or one."""
+    found = load_from_disk(directory)
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise InputError(f"data set {directory} has no split {split!r}; its splits are {', '.join(found)}")
+        return found[split]
+    return found
 
 
 def _rows(names: Sequence[str], data_set: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from bebop.backbone import read_config
+from bebop.errors import InputError
 
 
 def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
@@ -14,11 +15,17 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
     Args:
         directory: of the checkpoint; config.json serves where there is no generation_config.json.
         tokenizer: the model's.
+
+    Raises:
+        InputError: generation_config.json is there and cannot be read.
     """
-    try:
-        config = GenerationConfig.from_pretrained(directory)
-    except OSError:
-        config = GenerationConfig.from_model_config(read_config(directory))
-    ends = config.eos_token_id
+    if (directory / "generation_config.json").exists():
+        try:
+            ends = GenerationConfig.from_pretrained(directory).eos_token_id
+        except Exception as error:  # nonsense in it fails somewhere in transformers
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"{directory}/generation_config.json cannot be read ({reason}); fetch it again") from error
+    else:
+        ends = GenerationConfig.from_model_config(read_config(directory)).eos_token_id
     found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
     return sorted(token for token in found if token is not None)

@@ -22,6 +22,7 @@ from bebop.data.files import HEADER_KEY, find_files, read_header, read_records, 
 from bebop.errors import InputError
 
 FORMAT_VERSION = 1
+_MOST_TOKENS = 2**24  # of a vocabulary; a header that says more is wrong, and would ask for gigabytes
 
 
 @dataclass
@@ -146,7 +147,7 @@ def read_rollout_header(path: Path) -> RolloutHeader:
     expected = {
         "model": ("a string", lambda v: isinstance(v, str)),
         "tokenizer_hash": ("a string", lambda v: isinstance(v, str)),
-        "vocab_size": ("a number from 1 to 2147483647", lambda v: isinstance(v, int) and 1 <= v < 2**31),
+        "vocab_size": (f"a number from 1 to {_MOST_TOKENS}", lambda v: isinstance(v, int) and 1 <= v <= _MOST_TOKENS),
         "temperature": ("a number from 0 on", lambda v: isinstance(v, int | float) and 0 <= v < math.inf),
         "sampling": ("an object", lambda v: isinstance(v, dict)),
     }

@@ -111,7 +111,7 @@ def run_study(study: Study) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     use_all_cores(device)
     files = [(path, *read_rollouts(path)) for path in study.rollouts]
-    directories = [resolve_checkpoint(name) for name in study.backbone]
+    directories = [resolve_checkpoint(name, weights=False) for name in study.backbone]
     for i, (path, header, rollouts) in enumerate(files):
         _check_texts(study, path, header, rollouts)
         check_rollouts_of(directories[i if len(directories) > 1 else 0], path, header, rollouts)
@@ -120,7 +120,7 @@ def run_study(study: Study) -> dict[str, Any]:
     backbone, head, cost_ratio = None, None, study.cost_ratio
     for i, ((path, header, rollouts), name) in enumerate(zip(files, names, strict=True)):
         if backbone is None or len(study.backbone) > 1:
-            backbone = Backbone.load(str(directories[i]), compute_dtype(study.dtype, device), device)
+            backbone = Backbone.load(study.backbone[i], compute_dtype(study.dtype, device), device)
             head, _ = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
             cost_ratio = cost_ratio or weights_ratio(head, backbone)
         assert head is not None

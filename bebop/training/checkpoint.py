@@ -3,16 +3,16 @@
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from bebop.errors import InputError
-from bebop.writing import remove, writing
+from bebop.writing import remove, rename, writing
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,12 @@ _NAME = re.compile(r"step-(\d+)")
 
 
 def save_checkpoint(
-    accelerator: Accelerator, run: Path, position: dict[str, Any], keep: int, accept_length: float | None = None
+    accelerator: Accelerator,
+    run: Path,
+    position: dict[str, Any],
+    write_head: Callable[[Path], None],
+    keep: int,
+    accept_length: float | None = None,
 ) -> Path:
     """Write run/checkpoints/step-N; of the others keep the newest, `keep` in all, and the one of the longest accept length.
 
@@ -31,6 +36,7 @@ def save_checkpoint(
         accelerator: holds the state to save.
         run: the run's directory.
         position: the step, and what decides which data come next.
+        write_head: writes the head under its native names to a directory; called on process 0.
         keep: newest checkpoints to keep.
         accept_length: on held-out rollouts after this step, if it was measured.
 
@@ -48,11 +54,12 @@ def save_checkpoint(
             accelerator.save_state(str(partial))
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
+                write_head(partial / "head")
                 files = {str(p.relative_to(partial)): _size_and_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
                 manifest = {"position": position, "accept_length": accept_length, "files": files}
                 (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
                 remove(directory)
-                partial.rename(directory)
+                rename(partial, directory)
         except BaseException:
             remove(partial)
             raise
@@ -65,7 +72,6 @@ def save_checkpoint(
 
 def _size_and_hash(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # on the disk before the directory gets its name
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
@@ -81,14 +87,8 @@ def _step(directory: Path) -> int:
 
 def _superseded(run: Path, keep: int) -> list[Path]:
     there = checkpoints(run)
-    measured = {}
-    for directory in there:
-        try:
-            measured[directory] = _manifest(directory)["accept_length"] or 0.0
-        except InputError:
-            measured[directory] = 0.0
-    best = max(there, key=lambda directory: measured[directory])
-    return [directory for directory in there[:-keep] if directory != best or not measured[best]]
+    best = max(there, key=_accept_length)
+    return [directory for directory in there[:-keep] if directory != best or not _accept_length(best)]
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
@@ -139,6 +139,18 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     if checkpoints(run):
         raise InputError(f"resume: no checkpoint in {run}/checkpoints is intact; remove {run} to start anew")
     return None
+
+
+def best_accept_length(run: Path) -> float:
+    """The longest on held-out rollouts that a checkpoint was written with; 0.0 if there is none."""
+    return max((_accept_length(directory) for directory in checkpoints(run)), default=0.0)
+
+
+def _accept_length(directory: Path) -> float:
+    try:
+        return _manifest(directory)["accept_length"] or 0.0
+    except InputError:
+        return 0.0
 
 
 def check_position(directory: Path, position: dict[str, Any], max_steps: int) -> None:

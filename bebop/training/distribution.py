@@ -1,12 +1,13 @@
 """What the accelerate configuration asks of a run: one process, DDP, FSDP2, DeepSpeed ZeRO-2 or ZeRO-3."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import Tensor
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -15,6 +16,9 @@ from bebop.machine import compute_dtype
 from bebop.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
+
+# Others wait while one process fetches or reads a large checkpoint; NCCL's own limit is ten minutes.
+_TIMEOUT = timedelta(hours=3)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -27,7 +31,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.accumulate,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=Path(config.output),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # spares a copy of the gradient
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # spares a copy of the gradient
+            InitProcessGroupKwargs(timeout=_TIMEOUT),
+        ],
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator.state.deepspeed_plugin, config, accelerator.num_processes)

@@ -1,7 +1,7 @@
 """The frozen model and the rollouts of a run, read and checked before anything is written."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,31 +23,33 @@ class Material:
     """What runs that differ in their objective have in common.
 
     Attributes:
-        directory: of the backbone's checkpoint.
+        name, directory: of the backbone's checkpoint; its weights may not be in the directory yet.
         dtype: that backbone and head compute in.
         train, held_out: rollouts.
         train_states, held_out_states: of the backbone, if they are kept.
-        backbone: once it is loaded.
     """
 
+    name: str
     directory: Path
     dtype: torch.dtype
     train: list[Rollout]
     held_out: list[Rollout]
     train_states: StateCache | None = None
     held_out_states: StateCache | None = None
-    backbone: Backbone = field(init=False)
+    _backbone: Backbone | None = None
 
     @classmethod
     def read(cls, config: TrainConfig, accelerator: Accelerator) -> "Material":
-        """Read and check a configuration's rollouts, and all of its model but the weights; every process calls.
+        """Read and check a configuration's rollouts, and all of its model but the weights, which are not fetched yet.
+
+        Every process calls.
 
         Raises:
             InputError: they are missing or damaged, do not belong together, or are too few or too short to train on.
         """
         header, rollouts = read_rollouts(config.rollouts)
         with accelerator.local_main_process_first():  # one process fetches from a hub, the others find it fetched
-            directory = resolve_checkpoint(config.backbone)
+            directory = resolve_checkpoint(config.backbone, weights=False)
         names = " ".join(config.rollouts)
         check_rollouts_of(directory, names, header, rollouts, config.max_length)
         if problem := next(split_problems(names, rollouts, config.held_out_share, config.draft_steps), None):
@@ -59,7 +61,7 @@ class Material:
                 config.temperature,
             )
         dtype = compute_dtype(config.dtype, accelerator.device)
-        return cls(directory, dtype, *split_held_out(rollouts, config.held_out_share))
+        return cls(config.backbone, directory, dtype, *split_held_out(rollouts, config.held_out_share))
 
     def load_backbone(self, accelerator: Accelerator) -> None:
         """Load the backbone, unless it is there; every process calls.
@@ -67,6 +69,13 @@ class Material:
         Raises:
             InputError: as of `Backbone.load`.
         """
-        if not hasattr(self, "backbone"):
-            split = splits_weights(accelerator)
-            self.backbone = Backbone.load(str(self.directory), self.dtype, accelerator.device, split)
+        if self._backbone is None:
+            with accelerator.local_main_process_first():
+                resolve_checkpoint(self.name)
+            self._backbone = Backbone.load(self.name, self.dtype, accelerator.device, splits_weights(accelerator))
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen model; `load_backbone` goes before."""
+        assert self._backbone is not None
+        return self._backbone

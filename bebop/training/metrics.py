@@ -8,11 +8,35 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from bebop.errors import InputError
 from bebop.evaluation.acceptance import Acceptance
 from bebop.training.config import TrainConfig
 from bebop.writing import complete, writing
 
 METRICS_FILE = "metrics.jsonl"
+
+
+def check_tracker(tracker: str) -> None:
+    """Refuse a tracker that metrics could not be sent to.
+
+    Raises:
+        InputError: wandb is not logged in, or does not accept the key.
+    """
+    if tracker != "wandb":
+        return
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        reason = "" if wandb.login(prompt=False) else "no API key"
+    except wandb.Error as error:
+        reason = str(error)
+    if reason:
+        raise InputError(
+            f"tracker is 'wandb', which is not logged in ({reason}); run `wandb login`, set WANDB_MODE=offline, or choose "
+            "another tracker"
+        )
 
 
 class Metrics:

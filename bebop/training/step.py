@@ -105,7 +105,7 @@ class OptimiserStep:
                         accelerator.backward(loss * (accelerator.num_processes * config.accumulate))
 
         with clock("optimiser"):
-            norm = self._update(step, finite)
+            norm = self._update(step, finite, bool(pairs > 0))
         if not math.isfinite(norm):
             rollouts = sorted({int(i) for b in data.batches for i in b.documents.unique() if i >= 0})
             self._skip(step + 1, f"loss {float(loss_of_all)}, gradient norm {norm}", rollouts)
@@ -169,13 +169,13 @@ class OptimiserStep:
         sums = {n: torch.where(stats.valid, value.double(), 0.0).sum(1) for n, value in pair_values(stats).items()}
         return loss, sums | {"pairs": stats.valid.sum(1).double()}
 
-    def _update(self, step: int, finite: bool) -> float:
+    def _update(self, step: int, finite: bool, has_pairs: bool) -> float:
         """Update the head, unless loss or gradient is not finite; returns the gradient's norm over all processes."""
         accelerator = self.accelerator
         clipped: Any = accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         norm = float(whole(clipped) if isinstance(clipped, Tensor) else clipped) if finite else math.nan
-        if norm == 0.0 and step == 0:
-            raise RuntimeError("the first step has no gradient at all; the head would never train")
+        if norm == 0.0 and has_pairs and self.at_start is not None:
+            raise RuntimeError(f"step {step + 1} has no gradient at all; the head would never train")
         if math.isfinite(norm):  # the same on every process
             self.optimizer.step()
         elif finite and steps_in_backward(accelerator):
@@ -183,7 +183,7 @@ class OptimiserStep:
                 f"step {step + 1} has gradient norm {norm}, and DeepSpeed has updated the head with it; lower learning_rate "
                 "and go on from the last checkpoint with --resume auto"
             )
-        changes = math.isfinite(norm) and self.scheduler.get_last_lr()[0] > 0
+        changes = math.isfinite(norm) and norm > 0 and self.scheduler.get_last_lr()[0] > 0
         self.scheduler.step()
         self.optimizer.zero_grad()
         if changes and self.at_start is not None:

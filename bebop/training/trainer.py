@@ -17,18 +17,19 @@ from transformers import get_scheduler
 
 from bebop.backbone import fingerprint
 from bebop.data.ahead import prepared_ahead
-from bebop.data.rollouts import digest
 from bebop.data.schedule import schedule
 from bebop.data.states import StateCache
 from bebop.errors import InputError
 from bebop.evaluation.acceptance import Acceptance, evaluate
 from bebop.evaluation.report import write_report
 from bebop.heads.head import MTPHead
-from bebop.heads.loading import head_for, save_head
+from bebop.heads.loading import head_for, read_head, save_head
 from bebop.losses import ChainLoss, loss_by_name
 from bebop.machine import Clock, use_all_cores
+from bebop.processes import from_first, gathered
 from bebop.sharding import checksums
 from bebop.training.checkpoint import (
+    best_accept_length,
     check_position,
     checkpoints,
     drop_checkpoints_after,
@@ -40,7 +41,8 @@ from bebop.training.config import TrainConfig
 from bebop.training.distribution import make_accelerator, whole_state
 from bebop.training.environment import environment
 from bebop.training.material import Material
-from bebop.training.metrics import METRICS_FILE, Metrics
+from bebop.training.metrics import METRICS_FILE, Metrics, check_tracker
+from bebop.training.position import backbone_hash, check_agreement, position_of
 from bebop.training.sizing import print_sizing
 from bebop.training.step import OptimiserStep
 from bebop.writing import check_parents, writing
@@ -75,20 +77,32 @@ class _Run:
         self.config = config
         self.accelerator = accelerator
         self.output = Path(config.output)
-        self.resume_from = find_checkpoint(self.output, config.resume) if config.resume else None
-        if self.resume_from is None:
-            self._check_output()
+        self.resume_from: Path | None = from_first(self._place)
+        from_first(lambda: check_tracker(config.tracker))
 
         self.data = material or Material.read(config, accelerator)
-        if self.resume_from is not None:
-            check_position(self.resume_from, self._position(), config.max_steps)
+        self.dtype = self.data.dtype
+        self.position = position_of(config, accelerator, self.data)
+        self._check_position()
+        if config.head != "auto":
+            read_head(Path(config.head))
         self.data.load_backbone(accelerator)
-        self.backbone, self.dtype = self.data.backbone, self.data.dtype
+        self.backbone = self.data.backbone
+        self.frozen = checksums(self.backbone.model)
+        self.position["backbone"] = backbone_hash(accelerator, self.frozen)
+        self._check_position()
         attention = "flex_attention" if accelerator.device.type == "cuda" else "sdpa"
         self.head, self.origin = head_for(self.backbone, config.head, attention)
         self.cold_start_steps = config.cold_start_steps if self.origin == "cold start" else 0
         self.losses = {name: self._loss(name) for name in {config.loss, config.cold_start_loss}}
         self.interrupted = 0  # number of the signal that asked this process to stop
+
+    def _place(self) -> Path | None:
+        """The checkpoint to go on from, or None where a new run has its output free."""
+        found = find_checkpoint(self.output, self.config.resume) if self.config.resume else None
+        if found is None:
+            self._check_output()
+        return found
 
     def _check_output(self) -> None:
         """What a run left that ended before its first checkpoint was whole may be replaced."""
@@ -97,19 +111,14 @@ class _Run:
             raise InputError(f"output {self.output} is a file; expected a directory that this run may create")
         there = {p.name for p in self.output.iterdir()} if self.output.exists() else set()
         trackers = {"bebop", "wandb"}
-        before = {"config.yaml", ENVIRONMENT_FILE, METRICS_FILE, METRICS_FILE + ".partial", "checkpoints"} | trackers
+        before = {"config.yaml", ENVIRONMENT_FILE, METRICS_FILE, METRICS_FILE + ".writing", "checkpoints"} | trackers
         if there - before or checkpoints(self.output):
             raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
 
-    def _position(self) -> dict[str, Any]:
-        """What decides which data come at which step: a checkpoint resumes only where all of it is the same."""
-        config = self.config
-        return {
-            "backbone": fingerprint(self.data.directory),
-            "rollouts": digest(self.data.train),
-            "processes": self.accelerator.num_processes,
-            **{key: getattr(config, key) for key in ("seed", "accumulate", "tokens_per_micro_batch", "draft_steps")},
-        }
+    def _check_position(self) -> None:
+        check_agreement(self.accelerator, self.position)
+        if self.resume_from is not None:
+            check_position(self.resume_from, self.position, self.config.max_steps)
 
     def _loss(self, name: str) -> ChainLoss:
         return loss_by_name(name, temperature=self.config.temperature, chunk_bytes=self.config.chunk_mib * 2**20)
@@ -119,7 +128,6 @@ class _Run:
         next(self._steps())  # refuses data that do not fill a step, before anything is written
         if config.cache_states and self.data.train_states is None:
             self._cache_states()
-        accelerator.wait_for_everyone()  # everyone has looked at the output before it is written to
         if accelerator.is_main_process:
             with writing(self.output):
                 self.output.mkdir(parents=True, exist_ok=True)
@@ -130,7 +138,6 @@ class _Run:
             f"{self.backbone.config.model_type} backbone in {str(self.dtype).removeprefix('torch.')}, "
             f"head from {self.origin}, {len(self.data.train)} training and {len(self.data.held_out)} held-out rollouts"
         )
-        frozen = checksums(self.backbone.model)
         model, optimizer, scheduler = self._prepare()
         start = 0
         if self.resume_from is not None:
@@ -146,19 +153,11 @@ class _Run:
 
         self._train(start, OptimiserStep(config, accelerator, self.data, model, optimizer, scheduler), metrics)
 
-        if checksums(self.backbone.model) != frozen:
+        if checksums(self.backbone.model) != self.frozen:
             raise RuntimeError("weights of the frozen backbone have changed during the run; the head is not to be used")
         state = whole_state(accelerator, model)
         if accelerator.is_main_process:
-            facts = {
-                "backbone": config.backbone,
-                "fingerprint": fingerprint(self.data.directory),
-                "draft_steps": config.draft_steps,
-                "temperature": config.temperature,
-                "loss": config.loss,
-                "steps": config.max_steps,
-            }
-            save_head(self.head, self.output / "head", facts, state)
+            self._write_head(self.output / "head", config.max_steps, state)
             write_report(self.output)
         accelerator.wait_for_everyone()
         metrics.close()  # last: it takes the process group down
@@ -191,7 +190,7 @@ class _Run:
             closing(prepared_ahead(steps, optimiser_step.prepare)) as ahead,
             tqdm(total=config.max_steps, initial=start, desc="training", disable=not accelerator.is_main_process) as bar,
         ):
-            step, stopping = start, False
+            step, stopping, best = start, False, from_first(lambda: best_accept_length(self.output))
             while step < config.max_steps and not stopping:
                 objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
                 clock = Clock(accelerator.device)
@@ -208,18 +207,21 @@ class _Run:
                         f"{values['tokens_per_second']:.0f} tok/s"
                     )
                 bar.update()
-                last = step == config.max_steps
+                last, longest = step == config.max_steps, False
                 accept_length = None
                 if last or (config.evaluate_every and step % config.evaluate_every == 0):
                     acceptance = self._evaluate()
                     accept_length = acceptance.accept_length
                     metrics.evaluation(step, acceptance)
-                if step % config.save_every == 0 or last:
-                    self._save(step, accept_length)
+                    longest = accept_length > best
+                    best = max(best, accept_length)
+                    stopping = stopping or any(gathered(self.interrupted))  # evaluations take their time
+                if step % config.save_every == 0 or last or longest:
+                    self._save(step, optimiser_step.model, accept_length)
         if stopping:
             saved = self.output / "checkpoints" / f"step-{step:06d}"
             if not saved.exists():
-                self._save(step)
+                self._save(step, optimiser_step.model)
             self._log(f"stopped after step {step}; go on with --resume auto (checkpoint {saved})")
             raise SystemExit(130 if self.interrupted == signal.SIGINT else 0)  # SIGTERM is how schedulers pre-empt
 
@@ -234,9 +236,26 @@ class _Run:
             seed=self.config.seed,
         )
 
-    def _save(self, step: int, accept_length: float | None = None) -> Path:
-        position = self._position() | {"step": step}
-        return save_checkpoint(self.accelerator, self.output, position, self.config.keep_checkpoints, accept_length)
+    def _save(self, step: int, model: Any, accept_length: float | None = None) -> None:
+        state = whole_state(self.accelerator, model)
+
+        def write_head(directory: Path) -> None:
+            self._write_head(directory, step, state)
+
+        position, keep = self.position | {"step": step}, self.config.keep_checkpoints
+        save_checkpoint(self.accelerator, self.output, position, write_head, keep, accept_length)
+
+    def _write_head(self, directory: Path, step: int, state: dict[str, torch.Tensor]) -> None:
+        config = self.config
+        facts = {
+            "backbone": config.backbone,
+            "fingerprint": fingerprint(self.backbone.directory),
+            "draft_steps": config.draft_steps,
+            "temperature": config.temperature,
+            "loss": config.loss,
+            "steps": step,
+        }
+        save_head(self.head, directory, facts, state)
 
     def _cache_states(self) -> None:
         data, config = self.data, self.config

@@ -1,3 +1,6 @@
+import errno
+import fcntl
+
 import pytest
 
 from bebop.data.append import GrowingRolloutFile
@@ -16,7 +19,6 @@ def output(tmp_path):
 
 def test_rollouts_are_there_at_once_and_the_file_when_it_is_complete(output):
     file = GrowingRolloutFile(output, HEADER)
-    assert not output.parent.exists()
     for number, rollout in enumerate(ROLLOUTS):
         file.append(number, rollout)
         assert read_rollouts(file.partial) == (HEADER, ROLLOUTS[: number + 1])
@@ -90,16 +92,46 @@ def test_names_that_cannot_be_used_are_refused(tmp_path):
         GrowingRolloutFile(tmp_path / "r.jsonl", HEADER)
 
 
-def test_a_second_run_is_refused_while_the_first_one_writes(output):
+@pytest.mark.parametrize("rollouts", [0, 1])
+def test_a_second_run_is_refused_while_the_first_one_writes(rollouts, output):
     """Whether it starts before the first rollout of the other, or behind it."""
-    first, second = GrowingRolloutFile(output, HEADER), GrowingRolloutFile(output, HEADER)
-    first.append(0, ROLLOUTS[0])
-    for refused in (lambda: second.append(0, ROLLOUTS[1]), lambda: GrowingRolloutFile(output, HEADER)):
+    with GrowingRolloutFile(output, HEADER) as first:
+        for number in range(rollouts):
+            first.append(number, ROLLOUTS[number])
         with pytest.raises(InputError, match="is being written by another run"):
-            refused()
-    first.append(1, ROLLOUTS[1])
-    first.complete()
-    assert read_rollouts(output) == (HEADER, ROLLOUTS[:2])
+            GrowingRolloutFile(output, HEADER)
+        first.append(rollouts, ROLLOUTS[rollouts])
+        first.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS[: rollouts + 1])
+
+
+def test_without_locks_a_warning_says_so(output, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with GrowingRolloutFile(output, HEADER) as file:
+        file.append(0, ROLLOUTS[0])
+        file.complete()
+    assert "has no locks" in caplog.text
+    assert read_rollouts(output) == (HEADER, ROLLOUTS[:1])
+
+
+def test_a_file_that_another_program_wrote_meanwhile_stays(output):
+    """And what was sampled stays too."""
+    file = GrowingRolloutFile(output, HEADER)
+    file.append(0, ROLLOUTS[0])
+    write_rollouts(output, HEADER, ROLLOUTS[1:])
+    with pytest.raises(InputError, match="exists; choose another name"):
+        file.complete()
+    assert read_rollouts(output) == (HEADER, ROLLOUTS[1:])
+    assert read_rollouts(file.partial) == (HEADER, ROLLOUTS[:1])
+
+
+def test_without_a_rollout_nothing_is_left(output):
+    with GrowingRolloutFile(output, HEADER) as file:
+        assert file.partial.exists()
+    assert not list(output.parent.iterdir())
 
 
 @pytest.mark.parametrize(("size", "whole"), [(20, 0), (400, 2)])
@@ -108,11 +140,10 @@ def test_a_full_disk_leaves_what_is_whole_or_nothing(size, whole, output):
     file = GrowingRolloutFile(output, HEADER)
     for number in range(whole):
         file.append(number, ROLLOUTS[number])
-    with full_disk(size), pytest.raises(InputError, match=r"partial cannot be written .* make room"):
+    with pytest.raises(InputError, match=r"partial cannot be written .* make room"), full_disk(size), file:
         file.append(whole, ROLLOUTS[whole])
     assert file.written.total() == whole
     assert file.partial.exists() == (whole > 0)
-    del file
     again = GrowingRolloutFile(output, HEADER)
     for number in range(again.written.total(), 3):
         again.append(number, ROLLOUTS[number])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -159,6 +160,32 @@ def test_long_turns_are_left_out_and_counted():
     converter = ChatConverter(tokenizer, converter.ends, len(both[0]) - 1)
     with pytest.raises(InputError, match=r"none of 2 turns .* 2 are longer than"):
         list(converter.convert([Conversation(TALK)]))
+
+
+def test_unfit_conversations_are_left_out_if_that_is_asked_for():
+    tokenizer, converter = make_converter(CHATML, "<|im_end|>")
+    bad = [Conversation(TALK[1:], place="chats, row 4"), Conversation(TALK[:1], place="chats, row 5")]
+    with pytest.raises(InputError, match="chats, row 4 begins with an assistant's message; leave it out"):
+        list(converter.convert([Conversation(TALK), *bad]))
+    converter = ChatConverter(tokenizer, converter.ends, 4096, skip_unfit=True)
+    assert len(list(converter.convert([bad[0], Conversation(TALK), bad[1]]))) == 2
+    assert (converter.unfit, converter.reason) == (2, "chats, row 4 begins with an assistant's message; leave it out")
+    converter = ChatConverter(tokenizer, converter.ends, 4096, skip_unfit=True)
+    with pytest.raises(InputError, match=r"none of 0 turns .* 2 conversations do not fit \(chats, row 4 begins"):
+        list(converter.convert(bad))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_data_sets_that_were_saved_to_disk(streaming, tmp_path):
+    """One split, or several by name."""
+    rows = Dataset.from_list([{"messages": TALK[:2]}] * 3)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "several")
+    for name, split, expected in (("one", "train", 3), ("several", "train", 3), ("several", "test", 1)):
+        found = list(read_conversations([str(tmp_path / name)], split=split, streaming=streaming))
+        assert [c.messages for c in found] == [TALK[:2]] * expected
+    with pytest.raises(InputError, match="has no split 'dev'; its splits are train, test"):
+        read_conversations([str(tmp_path / "several")], split="dev")
 
 
 def test_count_ends_the_conversion():

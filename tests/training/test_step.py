@@ -81,6 +81,18 @@ def test_a_head_without_gradient_ends_the_run(tmp_path, monkeypatch):
         first_step(make_config(tmp_path, "qwen2"), EIGHT)
 
 
+def test_a_first_step_without_a_valid_pair_is_no_reason_to_end(tmp_path):
+    """All its documents are too short; the next step's may not be."""
+    config = make_config(tmp_path, "qwen2")
+    header, rollouts = read_rollouts(config.rollouts)
+    write_rollouts(Path(config.rollouts[0]), header, [*rollouts, *(Rollout([7, 8], [i]) for i in range(9, 30))])
+    train = Material.read(config, make_accelerator(config)).train
+    short = [[i] for i, rollout in enumerate(train) if len(rollout.response_ids) == 1]
+    record, gradients = first_step(config, [short])
+    assert (record["chains"], record["loss"], record["grad_norm"]) == (0, 0.0, 0.0)
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
 def test_no_learning_rate_yet_is_no_reason_to_end(tmp_path):
     """The first step of a warm-up has learning rate 0."""
     record, _ = first_step(make_config(tmp_path, "qwen2"), EIGHT, learning_rate=0.0)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+import wandb
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bebop.backbone import Backbone
@@ -209,7 +210,7 @@ def test_a_run_that_ended_before_its_first_checkpoint_may_be_started_again(resum
     for left_behind in ("bebop", "wandb", "checkpoints/step-000002.partial"):
         (run / left_behind).mkdir(parents=True)
     (run / "config.yaml").write_text("left: behind")
-    (run / "metrics.jsonl.partial").write_text("{")
+    (run / "metrics.jsonl.writing").write_text("{")
     (run / "metrics.jsonl").write_text('{"step": 0, "kind": "evaluation"}\n{"step": 1, "ki')
     config.max_steps = 1
     train(config)
@@ -223,6 +224,20 @@ def test_resuming_with_other_data_is_refused(key, value, config):
     config.resume = "auto"
     setattr(config, key, value)
     with pytest.raises(InputError, match="rollouts" if key == "held_out_share" else key):
+        train(config)
+
+
+def test_resuming_with_other_weights_is_refused(config):
+    """As after a merge of adapters: norms, embedding, shapes and tokenizer are the same."""
+    train(config)
+    path = Path(config.backbone) / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, path, metadata={"format": "pt"})
+    config.resume, config.max_steps = "auto", 8
+    with pytest.raises(
+        InputError, match=r"step-000006 was written with backbone = \w{16}, this run has \w{16}; set it back"
+    ):
         train(config)
 
 
@@ -309,15 +324,25 @@ def test_a_damaged_checkpoint_is_left_aside(damage, message, config, caplog):
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest(config, monkeypatch):
-    accepted = iter([0.1, 0.2, 0.5, 0.3, 0.4, 0.3, 0.2])  # at the start, and after steps 2, 4, .. 12
+    """Though no checkpoint was due after that step, and over a stop; its head can be used as it is."""
+    accepted = iter([0.1, 0.2, 0.5, 0.3, 0.4, 0.3, 0.2])  # at the start, and after steps 3, 6, .. 18
     measure = trainer.evaluate
     monkeypatch.setattr(
         trainer, "evaluate", lambda *a, **k: dataclasses.replace(measure(*a, **k), realised=[next(accepted), 0.0, 0.0])
     )
-    config.max_steps, config.evaluate_every = 12, 2
+    config.max_steps, config.evaluate_every, config.save_every = 9, 3, 5
     train(config)
-    kept = sorted(int(p.name.removeprefix("step-")) for p in (Path(config.output) / "checkpoints").iterdir())
-    assert kept == [4, 10, 12]
+    config.resume, config.max_steps = "auto", 18
+    train(config)
+    kept = {p.name: p for p in (Path(config.output) / "checkpoints").iterdir()}
+    assert sorted(kept) == ["step-000006", "step-000015", "step-000018"]
+    best, facts = read_head(kept["step-000006"] / "head")
+    assert (facts["steps"], facts["family"]) == (6, "mimo")
+    head, _ = head_for(Backbone.load(config.backbone, torch.float32), str(kept["step-000006"] / "head"))
+    assert native_state_dict(head).keys() == best.keys()
+    last, _ = read_head(kept["step-000018"] / "head")
+    assert all(torch.equal(tensor, trained(config)[name]) for name, tensor in last.items())
+    assert any(not torch.equal(tensor, last[name]) for name, tensor in best.items())
 
 
 def test_scoring_at_another_temperature_warns(config, caplog):
@@ -326,6 +351,15 @@ def test_scoring_at_another_temperature_warns(config, caplog):
     assert "sampled at temperature 1.0 and are scored at 0.5" in caplog.text
 
 
+@pytest.fixture
+def forgetful_wandb():
+    """It keeps the environment's settings for the life of a process."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.mark.usefixtures("forgetful_wandb")
 @pytest.mark.parametrize(("tracker", "files"), [("tensorboard", "bebop/events.*"), ("wandb", "wandb/offline-run-*/*.wandb")])
 def test_metrics_reach_the_tracker(tracker, files, config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -334,6 +368,18 @@ def test_metrics_reach_the_tracker(tracker, files, config, monkeypatch):
     (written,) = Path(config.output).glob(files)
     assert written.stat().st_size > 500
     assert b"training/accept_length" in written.read_bytes()
+
+
+@pytest.mark.usefixtures("forgetful_wandb")
+def test_a_tracker_that_is_not_logged_in_is_refused_before_work_starts(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "nothing"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setattr(Backbone, "load", None)
+    config.tracker = "wandb"
+    with pytest.raises(InputError, match=r"not logged in \(no API key\); run `wandb login`"):
+        train(config)
+    assert not Path(config.output).exists()
 
 
 def test_a_run_that_goes_on_is_the_same_to_tensorboard(config):
@@ -348,6 +394,7 @@ def test_a_run_that_goes_on_is_the_same_to_tensorboard(config):
     assert [event.step for event in events.Scalars("evaluation/accept_length")] == [0, 4]
 
 
+@pytest.mark.usefixtures("forgetful_wandb")
 def test_a_run_that_goes_on_is_the_same_to_wandb(config, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     config.tracker, config.max_steps = "wandb", 2

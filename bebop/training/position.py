@@ -1,0 +1,48 @@
+"""What decides which data a run sees at which step, and what it trains on: a checkpoint resumes with the same alone."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+
+from bebop.data.rollouts import digest
+from bebop.errors import InputError
+from bebop.processes import gathered
+from bebop.training.config import TrainConfig
+from bebop.training.distribution import splits_weights
+from bebop.training.material import Material
+
+
+def position_of(config: TrainConfig, accelerator: Accelerator, data: Material) -> dict[str, Any]:
+    """All of it but the backbone's weights, which are not read for this."""
+    return {
+        "rollouts": digest(data.train),
+        "processes": accelerator.num_processes,
+        "dtype": str(data.dtype).removeprefix("torch."),
+        **{key: getattr(config, key) for key in ("seed", "accumulate", "tokens_per_micro_batch", "draft_steps")},
+    }
+
+
+def check_agreement(accelerator: Accelerator, position: Mapping[str, Any]) -> None:
+    """Refuse processes that see different files; all must call.
+
+    Raises:
+        InputError: names process and key.
+    """
+    for process, other in enumerate(gathered(position)):
+        for key, value in other.items():
+            if value != position[key]:
+                raise InputError(
+                    f"process {process} has {key} = {value}, process {accelerator.process_index} has {position[key]}; "
+                    "all must see the same files"
+                )
+
+
+def backbone_hash(accelerator: Accelerator, checksums: Mapping[str, str]) -> str:
+    """One hash of all weights; every process calls with the checksums of those that lie on it."""
+    mine = hashlib.sha256(json.dumps(checksums).encode()).hexdigest()
+    if splits_weights(accelerator):
+        mine = hashlib.sha256("".join(gathered(mine)).encode()).hexdigest()
+    return mine[:16]
