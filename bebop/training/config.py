@@ -61,12 +61,15 @@ class TrainConfig:
     chunk_mib: int = _option(512, "Budget for the logits of one chunk of the loss, in MiB.")
 
     evaluate_every: int = _option(0, "Evaluate on the held-out rollouts every so many steps; 0: before and after only.")
-    save_every: int = _option(200, "Write a checkpoint every so many steps.")
+    save_every: int = _option(200, "Write a checkpoint every so many steps, and after the best evaluation so far.")
     max_skipped_steps: int = _option(
         3, "So many steps in a row that are not finite, and so skipped, end the run; with DeepSpeed one."
     )
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, beside the best by held-out accept length.")
-    resume: str = _option("", "'auto': newest checkpoint in output, if there is one; or a checkpoint; '': a new run.")
+    resume: str = _option(
+        "",
+        "'auto': newest checkpoint in output, if there is one; a checkpoint: that one, removing those behind it; '': a new run.",
+    )
     dry_run: int = _option(
         0, "So many processes: print what a run on them would take, by the model's config alone, and end."
     )
