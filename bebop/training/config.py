@@ -68,7 +68,7 @@ class TrainConfig:
     keep_checkpoints: int = _option(2, "Newest checkpoints to keep, beside the best by held-out accept length.")
     resume: str = _option(
         "",
-        "'auto': newest checkpoint in output, if there is one; a checkpoint: that one, removing those behind it; '': a new run.",
+        "'auto': newest checkpoint in output, if any; a checkpoint: that one, removing later ones; '': a new run.",
     )
     dry_run: int = _option(
         0, "So many processes: print what a run on them would take, by the model's config alone, and end."

@@ -47,6 +47,15 @@ def start(
     return started
 
 
+def finish(started: list[BaseProcess], seconds: float = 300) -> list[int | None]:
+    """Exit codes; processes that wait for each other for ever are killed."""
+    for process in started:
+        process.join(seconds)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in started]
+
+
 def launch_environment(strategy: Path, processes: int) -> dict[str, str]:
     """What `accelerate launch` adds to the environment of the processes it starts."""
     arguments = ["--config_file", str(strategy), "--num_processes", str(processes), "script.py"]

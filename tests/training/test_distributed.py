@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bebop.training.trainer import train
-from tests.training.processes import STRATEGIES, start
+from tests.training.processes import STRATEGIES, finish, start
 from tests.training.test_trainer import make_config, records, trained
 
 # Below 1e5 weights ZeRO-3 leaves a tensor whole, and a tiny head has nothing larger.
@@ -28,10 +28,7 @@ def strategy_file(name: str, folder: Path) -> Path:
 
 
 def run(config, strategy: Path | None, processes: int = 2) -> None:
-    started = start(config, strategy, processes)
-    for process in started:
-        process.join(300)
-    assert [process.exitcode for process in started] == [0] * processes
+    assert finish(start(config, strategy, processes)) == [0] * processes
 
 
 @pytest.fixture(scope="module", params=["qwen2", "qwen3_5_moe_text"])
@@ -66,10 +63,7 @@ def test_a_full_disk_ends_all_processes_and_leaves_the_checkpoint_before(strateg
     config = make_config(tmp_path, "qwen2", max_steps=2, save_every=1)
     run(config, strategy_file(strategy, tmp_path))
     config.max_steps, config.resume = 4, "auto"
-    started = start(config, strategy_file(strategy, tmp_path), 2, largest_file=20_000)
-    for process in started:
-        process.join(120)
-    assert [process.exitcode for process in started] == [1, 1]
+    assert finish(start(config, strategy_file(strategy, tmp_path), 2, largest_file=20_000)) == [1, 1]
     assert "step-000003 cannot be written" in (tmp_path / "error.txt").read_text()
     assert sorted(p.name for p in (Path(config.output) / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
     run(config, strategy_file(strategy, tmp_path))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.processes import STRATEGIES, start
+from tests.training.processes import STRATEGIES, finish, start
 from tests.training.test_trainer import make_config, trained
 
 pytestmark = pytest.mark.slow
@@ -28,10 +28,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_head(strategy, kills,
     for _ in range(2):  # the first waits for the server's imports too
         shutil.rmtree(config.output, ignore_errors=True)
         began = time.monotonic()
-        started = start(config, launch, processes)
-        for process in started:
-            process.join()
-        assert [process.exitcode for process in started] == [0] * processes
+        assert finish(start(config, launch, processes)) == [0] * processes
         seconds = time.monotonic() - began
     whole = trained(config)
     shutil.rmtree(config.output)
@@ -53,16 +50,15 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_head(strategy, kills,
                 time.sleep(0.0005)
             for process in started:
                 process.kill()
-        for process in started:
-            process.join()
-        if all(process.exitcode == 0 for process in started):
+        codes = finish(started)
+        if codes == [0] * processes:
             for name, tensor in whole.items():
                 exactly = {"atol": 0, "rtol": 0} if processes == 1 else {"atol": 1e-6, "rtol": 1e-5}
                 torch.testing.assert_close(trained(config)[name], tensor, **exactly)
             shutil.rmtree(config.output)
             finished += 1
         else:
-            assert any(process.exitcode == -signal.SIGKILL for process in started)
+            assert -signal.SIGKILL in codes
             killed += 1
             in_a_save += saving
     if strategy is None:
