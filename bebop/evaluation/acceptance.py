@@ -77,6 +77,12 @@ def pair_values(stats: ChainStats) -> dict[str, Tensor]:
     return values | {name: stats.values[name] for name in ("kl", "target_entropy") if name in stats.values}
 
 
+def sums_over_pairs(stats: ChainStats) -> dict[str, Tensor]:
+    """`pair_values` added up over the valid pairs of each step, [K] float64, and "pairs", how many there are."""
+    sums = {name: torch.where(stats.valid, value.double(), 0.0).sum(1) for name, value in pair_values(stats).items()}
+    return sums | {"pairs": stats.valid.sum(1).double()}
+
+
 def summarise(batches: Iterable[ChainStats], accelerator: Accelerator | None = None) -> Acceptance:
     """Acceptance over all chains of all batches.
 
@@ -89,9 +95,7 @@ def summarise(batches: Iterable[ChainStats], accelerator: Accelerator | None = N
     """
     sums: dict[str, Tensor] = {}
     for stats in batches:
-        found = {n: torch.where(stats.valid, value.double(), 0.0).sum(1) for n, value in pair_values(stats).items()}
-        found["pairs"] = stats.valid.sum(1).double()
-        sums = {name: sums.get(name, 0) + value for name, value in found.items()}
+        sums = {name: sums.get(name, 0) + value for name, value in sums_over_pairs(stats).items()}
     if accelerator is not None:
         sums = {name: accelerator.reduce(value, "sum") for name, value in sums.items()}
     sums = {name: value.cpu() for name, value in sums.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bebop.data.batches import Batch, make_batch
 from bebop.errors import InputError
-from bebop.evaluation.acceptance import pair_values
+from bebop.evaluation.acceptance import sums_over_pairs
 from bebop.heads.draft import draft
 from bebop.heads.targets import chain_targets
 from bebop.losses import ChainLoss
@@ -166,8 +166,7 @@ class OptimiserStep:
                 normaliser=normaliser,
                 temperature=self._temperatures(step, number, batch.tokens.numel()),
             )
-        sums = {n: torch.where(stats.valid, value.double(), 0.0).sum(1) for n, value in pair_values(stats).items()}
-        return loss, sums | {"pairs": stats.valid.sum(1).double()}
+        return loss, sums_over_pairs(stats)
 
     def _update(self, step: int, finite: bool, has_pairs: bool) -> float:
         """Update the head, unless loss or gradient is not finite; returns the gradient's norm over all processes."""
