@@ -83,7 +83,7 @@ ROLLOUTS = {
     ),
     "too long": (nothing, f"{TRAIN} --max_length 20", r"rollouts.jsonl:\d+: \d+ tokens, longer than the 20 of"),
     "too short": (nothing, f"{TRAIN} --draft_steps 22", "has 21 tokens, too few for 22 draft steps"),
-    "too short, to validate": (nothing, f"{VALIDATE} --draft-steps 30", "has 21 tokens, too few for 30 draft steps"),
+    "too short, to validate": (nothing, f"{VALIDATE} --draft-steps 10", "held-out response has 5 tokens, too few for 10"),
     "too short, to evaluate": (nothing, f"{EVALUATE} --steps 200", "has 21 tokens, too few for 200 draft steps"),
     "too few": (nothing, f"{TRAIN} --accumulate 1000", r"fill \d+ micro-batches of 200 tokens, but a step takes 1000"),
     "none held out": (nothing, f"{TRAIN} --held_out_share 0", "of 40 rollouts none is held-out"),
@@ -332,7 +332,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(spoil, command
     [
         (CONVERT, 20_000, "new.jsonl"),
         (CONVERT.replace("new.jsonl", "new.parquet"), 1_000, "new.parquet"),
-        (GENERATE, 50, "new.jsonl"),
         (EXPORT, 20_000, "new"),  # safetensors
         (EVALUATE, 20_000, "new"),  # figures
         (f"{RESUME} auto", 20_000, "run/checkpoints/step-000002"),  # safetensors
