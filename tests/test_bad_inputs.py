@@ -54,6 +54,12 @@ STEP = "run/checkpoints/step-000001"
 
 ROLLOUTS = {
     "missing": (removed("rollouts.jsonl"), TRAIN, "rollout file rollouts.jsonl does not exist"),
+    "unfinished": (renamed("rollouts.jsonl", "rollouts.jsonl.partial"), TRAIN, "rollouts.jsonl is not complete yet"),
+    "a vocabulary of gigabytes": (
+        replaced("rollouts.jsonl", '"vocab_size": 131', '"vocab_size": 999999999'),
+        TRAIN,
+        "vocab_size is 999999999, expected a number from 1 to 16777216",
+    ),
     "missing, to evaluate": (removed("rollouts.jsonl"), EVALUATE, "rollout file rollouts.jsonl does not exist"),
     "a pattern without a match": (nothing, f"{TRAIN} --rollouts 'sampled/*.jsonl'", "rollout file sampled/.* does not"),
     "a directory": (made_a_directory("rollouts.jsonl"), TRAIN, r"is a directory; give the rollout files in it, as"),
@@ -135,6 +141,12 @@ OPTIONS = {
     "generate: temperature": (nothing, f"{GENERATE} --temperature nan", "--temperature is nan, expected a number above 0"),
     "convert: count": (nothing, f"{CONVERT} --count 0", "--count is 0, expected 1 or more"),
     "convert: temperature": (nothing, f"{CONVERT} --temperature inf", "--temperature is inf, expected a number above 0"),
+    "validate: share": (nothing, f"{VALIDATE} --held-out-share 1", "--held-out-share is 1.0, expected a share from 0 to"),
+    "generate: options": (
+        nothing,
+        f"{GENERATE} --concurrency 4",
+        "--concurrency has no meaning without --server; give that",
+    ),
     "validate: tokens": (nothing, f"{VALIDATE} --tokens-per-micro-batch 0", "--tokens-per-micro-batch is 0, expected 1 or"),
 }
 MODELS = {
