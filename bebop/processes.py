@@ -15,18 +15,21 @@ def from_first(find: Callable[[], Found]) -> Found:
 
     Raises:
         InputError: what `find` raised on process 0, on every process.
+        RuntimeError: on the others, where it raised something else.
     """
     if not dist.is_initialized():
         return find()
     found: list[Any] = [None, None]
+    failed: Exception | None = None
     if dist.get_rank() == 0:
         try:
             found[0] = find()
-        except InputError as error:
-            found[1] = error
+        except Exception as error:  # the others would wait for it for ever
+            failed = error
+            found[1] = error if isinstance(error, InputError) else RuntimeError(f"process 0 failed: {error!r}")
     dist.broadcast_object_list(found)
     if found[1] is not None:
-        raise found[1]
+        raise failed or found[1]
     return found[0]
 
 

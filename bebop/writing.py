@@ -30,24 +30,26 @@ def complete(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
-            if partial.is_dir() and path.is_dir():
-                remove(old := path.with_name(path.name + ".old"))
-                path.rename(old)
-                rename(partial, path)
-                remove(old)
-            else:
-                rename(partial, path)
+            replace(partial, path)
         finally:
             remove(partial)
 
 
-def rename(partial: Path, path: Path) -> None:
-    """Give a file or directory its name once all of it is on the disk, and put the name on the disk too."""
+def replace(partial: Path, path: Path) -> None:
+    """Give a file or directory its name once all of it is on the disk, and put the name on the disk too.
+
+    A directory that has the name makes way at the last moment.
+    """
     for written in [partial, *partial.rglob("*")]:
         if not written.is_symlink():
             _sync(written)
+    old = path.with_name(path.name + ".old")
+    if partial.is_dir() and path.is_dir():
+        remove(old)
+        path.rename(old)
     partial.rename(path)
     _sync(path.parent)
+    remove(old)
 
 
 def _sync(path: Path) -> None:

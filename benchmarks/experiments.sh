@@ -39,12 +39,3 @@ compare from-trained --head "$out/warm/head" --max_steps 50 --learning_rate 5e-4
 # 2. Predicted against counted, with the head that section 1 started from.
 unless "$out/decoded/report.html" python recipes/evaluate_mtp.py --head "$out/warm/head" --output "$out/decoded" --steps 5 \
     --rollouts "$out"/sampled-at-{0.7,1.0}.jsonl --decode 48
-
-# 3. From a cold start: the demo's configuration, rollouts and cold head, a third of its steps on each objective or all on
-#    LK hybrid first.
-unless "demo/rollouts.jsonl" python recipes/generate_rollouts.py --model "demo/backbone" --output "demo/rollouts.jsonl" \
-    --count 600 --temperature 0.6 --max-response-tokens 192 --batch-size 160
-sample sampled-at-0.6 0.6 64 7
-python recipes/compare_losses.py --config recipes/configs/demo.yaml --output "$out/from-cold" \
-    --held-out "$out/sampled-at-0.6.jsonl" --max_steps 60 --evaluate_every 0 --save_every 20 --seeds "${COLD_SEEDS:-1}" \
-    --objectives ce kl tv e2e_tv lk_hybrid "lk_hybrid, then e2e_tv"

@@ -90,11 +90,11 @@ def _write(arguments: argparse.Namespace) -> None:
                 _sample(arguments, backbone, tokenizer, stop, prompts, file)
             else:
                 _sample_on_server(arguments, server, config.vocab_size, tokenizer, stop, prompts, file)
-            file.complete()
         except (InputError, OSError, KeyboardInterrupt):
             if kept := file.written.total():
                 print(f"{kept} rollouts are kept in {file.partial}; the same command goes on from there", file=sys.stderr)
             raise
+        file.complete()
     print(f"wrote {file.written.total()} rollouts to {arguments.output}")
 
 

@@ -181,6 +181,11 @@ MODELS = {
         GENERATE,
         "generation_config.json cannot",
     ),
+    "words for end tokens": (
+        written("model/generation_config.json", '{"eos_token_id": "</s>"}'),
+        GENERATE,
+        "eos_token_id is '</s>', expected a token id or a list",
+    ),
     "a list for it": (written("model/generation_config.json", "[]"), CONVERT, "model/generation_config.json cannot be read"),
     "no tokenizer.json": (removed("model/tokenizer.json"), VALIDATE, "model has no tokenizer.json; save the model's"),
     "tokenizer.json truncated": (truncated("model/tokenizer.json"), TRAIN, "tokenizer.json or tokenizer_config.json is"),

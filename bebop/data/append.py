@@ -1,6 +1,5 @@
 """A rollout file that grows line by line, so that a run that was stopped or killed can go on."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -14,7 +13,7 @@ from typing import Any, BinaryIO
 
 from bebop.data.rollouts import Rollout, RolloutHeader, read_rollout_header
 from bebop.errors import InputError
-from bebop.writing import check_new, writing
+from bebop.writing import check_new, replace, writing
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +98,9 @@ class GrowingRolloutFile:
         with writing(self.partial):
             self._begin()
             os.fsync(self._file.fileno())
-            check_new(self.output)
-            self.partial.rename(self.output)
+            if self.output.exists():
+                raise InputError(f"{self.output} has appeared meanwhile; move it away and give the same command again")
+            replace(self.partial, self.output)
 
     def _begin(self) -> None:
         """Drop a line that was not written to its end, and write the header unless it is there."""
@@ -125,17 +125,18 @@ class GrowingRolloutFile:
             file = os.fdopen(os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.path.samestat(os.fstat(file.fileno()), self.partial.stat())
+            except (BlockingIOError, PermissionError, FileNotFoundError):
+                free = False  # another run has it, or has completed it or given it up in between
             except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                    raise self._written_by_another() from None
-                logger.warning("the file system of %s has no locks: do not write it from two runs at once", self.partial)
-        # The other run may have completed it, or given it up, in between.
-        if not self.partial.exists() or not os.path.samestat(os.fstat(file.fileno()), self.partial.stat()):
-            raise self._written_by_another()
+                logger.warning(
+                    "%s cannot be locked (%s): do not write it from two runs at once", self.partial, error.strerror
+                )
+                free = True
+        if not free:
+            file.close()
+            raise InputError(f"{self.partial} is being written by another run; wait for its end, or choose another output")
         return file
-
-    def _written_by_another(self) -> InputError:
-        return InputError(f"{self.partial} is being written by another run; wait for its end, or choose another output")
 
     def _read(self) -> int:
         """Count the rollouts that are there; the length of the file's whole lines in bytes."""

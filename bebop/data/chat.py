@@ -96,18 +96,21 @@ class ChatConverter:
 
     def _of(self, conversation: Conversation) -> list[Rollout]:
         """Its rollouts, all or none."""
-        found = []
+        found, before = [], (self.turns, self.too_long, self.merged)
         try:
             found = list(self._turns(conversation))
         except InputError as error:
             if not self.skip_unfit:
                 raise
+            self.turns, self.too_long, self.merged = before
             self.unfit += 1
             self.reason = self.reason or str(error)
         self._check_merged(max(self.turns, 1000))  # early, if it is many
         return found
 
     def _turns(self, conversation: Conversation) -> Iterator[Rollout]:
+        if conversation.problem:
+            raise InputError(conversation.problem)
         turns = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
         if not turns or turns[0] == 0:
             found = "begins with an assistant's message" if turns else "has no assistant's message"

@@ -18,12 +18,14 @@ class Conversation:
         tools: schemas of functions that the model may call, if the data set has a column of that name.
         source: domain or data set, for reports by source.
         place: data set and row, for error messages.
+        problem: what is wrong with the row, "" if nothing is.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
     source: str = ""
     place: str = "conversation"
+    problem: str = ""
 
 
 def read_conversations(
@@ -46,7 +48,8 @@ def read_conversations(
         streaming: read as the rows are needed, instead of fetching and preparing all first.
 
     Raises:
-        InputError: the data set cannot be read, or a row has no messages under `column`; names the columns there are.
+        InputError: the data set cannot be read, or has no such column; names those there are. What is wrong with a single
+            row is its `Conversation.problem`.
     """
     return _conversations(read_data_set(names, config=config, split=split, streaming=streaming), column, source)
 
@@ -55,12 +58,17 @@ def _conversations(rows: Iterator[tuple[str, dict[str, Any]]], column: str, sour
     for place, row in rows:
         if column not in row:
             raise InputError(f"{place} has no column {column!r}, only {', '.join(row)}; name the one with the messages")
-        if not _are_messages(messages := without_none(row[column])):
-            raise InputError(
+        problem, messages, tools = "", without_none(row[column]), None
+        if not _are_messages(messages):
+            problem = (
                 f'{place}: {column} is {str(row[column])[:60]!r}, expected a list of messages with "role" and "content"; '
                 f"the columns are {', '.join(row)}"
             )
-        yield Conversation(messages, _tools(place, row.get("tools")), str(row.get(source, source) or ""), place)
+        try:
+            tools = _tools(row.get("tools"))
+        except json.JSONDecodeError as error:
+            problem = f"{place}: tools is not JSON ({error.msg}); expected a list of function schemas"
+        yield Conversation(messages, tools, str(row.get(source, source) or ""), place, problem)
 
 
 def _are_messages(value: Any) -> bool:
@@ -71,10 +79,7 @@ def _are_messages(value: Any) -> bool:
     )
 
 
-def _tools(place: str, value: Any) -> list[dict[str, Any]] | None:
+def _tools(value: Any) -> list[dict[str, Any]] | None:
     """Tools, which some data sets hold as JSON, since the schemas of functions have no columns in common."""
-    try:
-        tools = json.loads(value) if isinstance(value, str) and value else value
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: tools is not JSON ({error.msg}); expected a list of function schemas") from None
+    tools = json.loads(value) if isinstance(value, str) and value else value
     return without_none(tools) or None

@@ -36,7 +36,7 @@ def read_data_set(
 def _load(names: Sequence[str], config: str | None, split: str, streaming: bool) -> Any:
     directory = Path(names[0]).expanduser()
     if len(names) == 1 and any((directory / name).exists() for name in ("state.json", "dataset_dict.json")):
-        return _saved(directory, split)
+        return _saved(directory, config, split)
     for name in names:
         if Path(name).expanduser().is_file() and Path(name).suffix not in _ENDINGS:
             raise InputError(f"data set file {name} ends in {Path(name).suffix!r}; expected one of {', '.join(_ENDINGS)}")
@@ -53,14 +53,15 @@ def _load(names: Sequence[str], config: str | None, split: str, streaming: bool)
     return load_dataset(builders.pop(), data_files=files, split=split, streaming=streaming)
 
 
-def _saved(directory: Path, split: str) -> Any:
-    """What save_to_disk wrote: splits by name, or one."""
+def _saved(directory: Path, config: str | None, split: str) -> Any:
+    """What save_to_disk wrote: splits by name, or one, which may have a name too."""
+    if config is not None:
+        raise InputError(f"data set {directory} was saved to disk without configurations; leave out {config!r}")
     found = load_from_disk(directory)
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise InputError(f"data set {directory} has no split {split!r}; its splits are {', '.join(found)}")
-        return found[split]
-    return found
+    splits = found if isinstance(found, DatasetDict) else {str(found.split or "train"): found}
+    if split not in splits:
+        raise InputError(f"data set {directory} has no split {split!r}; its splits are {', '.join(splits)}")
+    return splits[split]
 
 
 def _rows(names: Sequence[str], data_set: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -27,5 +27,7 @@ def end_tokens(directory: Path, tokenizer: Any) -> list[int]:
             raise InputError(f"{directory}/generation_config.json cannot be read ({reason}); fetch it again") from error
     else:
         ends = GenerationConfig.from_model_config(read_config(directory)).eos_token_id
-    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
-    return sorted(token for token in found if token is not None)
+    found = [token for token in [*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id] if token is not None]
+    if not all(type(token) is int for token in found):
+        raise InputError(f"{directory}: eos_token_id is {ends!r}, expected a token id or a list of them; mend its configs")
+    return sorted(set(found))

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from bebop.errors import InputError
-from bebop.writing import remove, rename, writing
+from bebop.writing import remove, replace, writing
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +58,7 @@ def save_checkpoint(
                 files = {str(p.relative_to(partial)): _size_and_hash(p) for p in sorted(partial.rglob("*")) if p.is_file()}
                 manifest = {"position": position, "accept_length": accept_length, "files": files}
                 (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
-                remove(directory)
-                rename(partial, directory)
+                replace(partial, directory)
         except BaseException:
             remove(partial)
             raise
@@ -139,11 +138,6 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     if checkpoints(run):
         raise InputError(f"resume: no checkpoint in {run}/checkpoints is intact; remove {run} to start anew")
     return None
-
-
-def best_accept_length(run: Path) -> float:
-    """The longest on held-out rollouts that a checkpoint was written with; 0.0 if there is none."""
-    return max((_accept_length(directory) for directory in checkpoints(run)), default=0.0)
 
 
 def _accept_length(directory: Path) -> float:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from bebop.errors import InputError
 from bebop.evaluation.acceptance import Acceptance
+from bebop.processes import from_first
 from bebop.training.config import TrainConfig
 from bebop.writing import complete, writing
 
@@ -26,10 +27,10 @@ def check_tracker(tracker: str) -> None:
         return
     import wandb
 
-    if wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
+    if wandb.run is not None or wandb.setup().settings.mode in ("offline", "disabled", "dryrun"):
         return
     try:
-        reason = "" if wandb.login(prompt=False) else "no API key"
+        reason = "" if wandb.login(prompt=False, verify=True) else "no API key"
     except wandb.Error as error:
         reason = str(error)
     if reason:
@@ -53,8 +54,7 @@ class Metrics:
     def __init__(self, accelerator: Accelerator, run: Path, config: TrainConfig, start: int):
         self.accelerator = accelerator
         self.path = run / METRICS_FILE
-        if accelerator.is_main_process and self.path.exists():
-            _truncate(self.path, start)
+        self.longest = from_first(lambda: _truncate(self.path, start))
         if accelerator.log_with:
             keys = asdict(config) | {"rollouts": " ".join(config.rollouts)}  # TensorBoard takes no lists
             options: dict[str, dict[str, Any]] = {
@@ -72,13 +72,16 @@ class Metrics:
         """A step whose loss or gradient was not finite."""
         self._write({"step": step, "kind": "skipped"})
 
-    def evaluation(self, step: int, acceptance: Acceptance) -> None:
+    def evaluation(self, step: int, acceptance: Acceptance) -> bool:
+        """Whether the accept length is longer than in any evaluation of the run before."""
         values = asdict(acceptance) | {
             "accept_length": acceptance.accept_length,
             "accept_length_target_only": acceptance.accept_length_target_only,
             "accept_length_eq13": acceptance.accept_length_eq13,
         }
         self._write({"step": step, "kind": "evaluation"} | values)
+        before, self.longest = self.longest, max(self.longest, acceptance.accept_length)
+        return self.longest > before
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
@@ -96,11 +99,15 @@ class Metrics:
         self.accelerator.end_training()
 
 
-def _truncate(path: Path, start: int) -> None:
+def _truncate(path: Path, start: int) -> float:
+    """Drop what was logged behind step `start`, or everything at 0; the longest accept length of what is left, or 0.0."""
+    if not path.exists():
+        return 0.0
     whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     kept = [line for line in whole if start and json.loads(line)["step"] <= start]
     with complete(path) as partial:
         partial.write_text("".join(kept))
+    return max((r["accept_length"] for r in map(json.loads, kept) if r["kind"] == "evaluation"), default=0.0)
 
 
 def _run_id(file: Path, start: int) -> str:

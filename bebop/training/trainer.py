@@ -29,7 +29,6 @@ from bebop.machine import Clock, use_all_cores
 from bebop.processes import from_first, gathered
 from bebop.sharding import checksums
 from bebop.training.checkpoint import (
-    best_accept_length,
     check_position,
     checkpoints,
     drop_checkpoints_after,
@@ -42,7 +41,7 @@ from bebop.training.distribution import make_accelerator, whole_state
 from bebop.training.environment import environment
 from bebop.training.material import Material
 from bebop.training.metrics import METRICS_FILE, Metrics, check_tracker
-from bebop.training.position import backbone_hash, check_agreement, position_of
+from bebop.training.position import backbone_hash, check_agreement, position_of, settings
 from bebop.training.sizing import print_sizing
 from bebop.training.step import OptimiserStep
 from bebop.writing import check_parents, writing
@@ -88,6 +87,7 @@ class _Run:
             read_head(Path(config.head))
         self.data.load_backbone(accelerator)
         self.backbone = self.data.backbone
+        self.fingerprint = fingerprint(self.backbone.directory)
         self.frozen = checksums(self.backbone.model)
         self.position["backbone"] = backbone_hash(accelerator, self.frozen)
         self._check_position()
@@ -116,7 +116,7 @@ class _Run:
             raise InputError(f"output {self.output} exists and is not empty; choose another, or go on with --resume auto")
 
     def _check_position(self) -> None:
-        check_agreement(self.accelerator, self.position)
+        check_agreement(self.accelerator, self.position | settings(self.config))
         if self.resume_from is not None:
             check_position(self.resume_from, self.position, self.config.max_steps)
 
@@ -190,7 +190,7 @@ class _Run:
             closing(prepared_ahead(steps, optimiser_step.prepare)) as ahead,
             tqdm(total=config.max_steps, initial=start, desc="training", disable=not accelerator.is_main_process) as bar,
         ):
-            step, stopping, best = start, False, from_first(lambda: best_accept_length(self.output))
+            step, stopping = start, False
             while step < config.max_steps and not stopping:
                 objective = config.cold_start_loss if step < self.cold_start_steps else config.loss
                 clock = Clock(accelerator.device)
@@ -212,13 +212,11 @@ class _Run:
                 if last or (config.evaluate_every and step % config.evaluate_every == 0):
                     acceptance = self._evaluate()
                     accept_length = acceptance.accept_length
-                    metrics.evaluation(step, acceptance)
-                    longest = accept_length > best
-                    best = max(best, accept_length)
+                    longest = metrics.evaluation(step, acceptance)
                     stopping = stopping or any(gathered(self.interrupted))  # evaluations take their time
                 if step % config.save_every == 0 or last or longest:
                     self._save(step, optimiser_step.model, accept_length)
-        if stopping:
+        if stopping and step < config.max_steps:
             saved = self.output / "checkpoints" / f"step-{step:06d}"
             if not saved.exists():
                 self._save(step, optimiser_step.model)
@@ -249,7 +247,7 @@ class _Run:
         config = self.config
         facts = {
             "backbone": config.backbone,
-            "fingerprint": fingerprint(self.backbone.directory),
+            "fingerprint": self.fingerprint,
             "draft_steps": config.draft_steps,
             "temperature": config.temperature,
             "loss": config.loss,

@@ -113,7 +113,23 @@ def test_without_locks_a_warning_says_so(output, monkeypatch, caplog):
     with GrowingRolloutFile(output, HEADER) as file:
         file.append(0, ROLLOUTS[0])
         file.complete()
-    assert "has no locks" in caplog.text
+    assert "cannot be locked (Function not implemented)" in caplog.text
+    assert read_rollouts(output) == (HEADER, ROLLOUTS[:1])
+
+
+def test_a_file_that_was_completed_while_it_was_opened_is_left_alone(output, monkeypatch):
+    """A run that waited for no lock must not write into what the other has finished."""
+    with GrowingRolloutFile(output, HEADER) as first:
+        first.append(0, ROLLOUTS[0])
+    lock = fcntl.flock
+
+    def flock(file, operation):
+        output.with_name("rollouts.jsonl.partial").rename(output)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(InputError, match="is being written by another run"):
+        GrowingRolloutFile(output, HEADER)
     assert read_rollouts(output) == (HEADER, ROLLOUTS[:1])
 
 
@@ -122,7 +138,7 @@ def test_a_file_that_another_program_wrote_meanwhile_stays(output):
     file = GrowingRolloutFile(output, HEADER)
     file.append(0, ROLLOUTS[0])
     write_rollouts(output, HEADER, ROLLOUTS[1:])
-    with pytest.raises(InputError, match="exists; choose another name"):
+    with pytest.raises(InputError, match="has appeared meanwhile; move it away"):
         file.complete()
     assert read_rollouts(output) == (HEADER, ROLLOUTS[1:])
     assert read_rollouts(file.partial) == (HEADER, ROLLOUTS[:1])

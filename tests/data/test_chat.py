@@ -162,16 +162,20 @@ def test_long_turns_are_left_out_and_counted():
         list(converter.convert([Conversation(TALK)]))
 
 
-def test_unfit_conversations_are_left_out_if_that_is_asked_for():
+def test_unfit_conversations_are_left_out_if_that_is_asked_for(tmp_path):
     tokenizer, converter = make_converter(CHATML, "<|im_end|>")
     bad = [Conversation(TALK[1:], place="chats, row 4"), Conversation(TALK[:1], place="chats, row 5")]
     with pytest.raises(InputError, match="chats, row 4 begins with an assistant's message; leave it out"):
         list(converter.convert([Conversation(TALK), *bad]))
     converter = ChatConverter(tokenizer, converter.ends, 4096, skip_unfit=True)
-    assert len(list(converter.convert([bad[0], Conversation(TALK), bad[1]]))) == 2
-    assert (converter.unfit, converter.reason) == (2, "chats, row 4 begins with an assistant's message; leave it out")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": []}) + "\n")
+    bad += read_conversations([str(tmp_path / "chats.jsonl")])
+    half = Conversation([*TALK[:2], TALK[0], {"role": "assistant", "content": ""}], place="chats, row 6")
+    assert len(list(converter.convert([bad[0], Conversation(TALK), *bad[1:], half]))) == 2
+    assert converter.turns == 2, "of the good one"
+    assert (converter.unfit, converter.reason) == (4, "chats, row 4 begins with an assistant's message; leave it out")
     converter = ChatConverter(tokenizer, converter.ends, 4096, skip_unfit=True)
-    with pytest.raises(InputError, match=r"none of 0 turns .* 2 conversations do not fit \(chats, row 4 begins"):
+    with pytest.raises(InputError, match=r"none of 0 turns .* 3 conversations do not fit \(chats, row 4 begins"):
         list(converter.convert(bad))
 
 
@@ -181,11 +185,18 @@ def test_data_sets_that_were_saved_to_disk(streaming, tmp_path):
     rows = Dataset.from_list([{"messages": TALK[:2]}] * 3)
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "several")
-    for name, split, expected in (("one", "train", 3), ("several", "train", 3), ("several", "test", 1)):
+    Dataset.from_list([{"messages": TALK[:2]}] * 3, split="test").save_to_disk(tmp_path / "named")
+    for name, split, expected in (
+        ("one", "train", 3), ("named", "test", 3), ("several", "train", 3), ("several", "test", 1)
+    ):  # fmt: skip
         found = list(read_conversations([str(tmp_path / name)], split=split, streaming=streaming))
         assert [c.messages for c in found] == [TALK[:2]] * expected
     with pytest.raises(InputError, match="has no split 'dev'; its splits are train, test"):
         read_conversations([str(tmp_path / "several")], split="dev")
+    with pytest.raises(InputError, match="has no split 'train'; its splits are test"):
+        read_conversations([str(tmp_path / "named")])
+    with pytest.raises(InputError, match="without configurations; leave out 'main'"):
+        read_conversations([str(tmp_path / "one")], config="main")
 
 
 def test_count_ends_the_conversion():
@@ -298,8 +309,9 @@ def test_tools_may_be_json_and_a_source_may_be_named(tmp_path):
     (found,) = read_conversations([str(path)], column="talk", source="mine")
     assert (found.tools, found.source) == ([{"name": "add"}], "mine")
     path.write_text(json.dumps({"talk": TALK, "tools": "add"}) + "\n")
+    (found,) = read_conversations([str(path)], column="talk", streaming=True)
     with pytest.raises(InputError, match="row 0: tools is not JSON"):
-        list(read_conversations([str(path)], column="talk", streaming=True))
+        list(make_converter(CHATML, "<|im_end|>")[1].convert([found]))
 
 
 @pytest.mark.parametrize(
@@ -319,8 +331,9 @@ def test_tools_may_be_json_and_a_source_may_be_named(tmp_path):
 def test_other_data_sets_are_refused(content, options, message, tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(content) + "\n")
+    _, converter = make_converter(CHATML, "<|im_end|>")
     with pytest.raises(InputError, match=message):
-        list(read_conversations([str(path)], streaming=True, **options))
+        list(converter.convert(read_conversations([str(path)], streaming=True, **options)))
 
 
 def test_missing_files_and_mixed_formats_are_refused(tmp_path):

@@ -48,11 +48,14 @@ def start(
 
 
 def finish(started: list[BaseProcess], seconds: float = 300) -> list[int | None]:
-    """Exit codes; processes that wait for each other for ever are killed."""
+    """Exit codes; processes that wait for each other for ever are killed, and fail the test."""
     for process in started:
         process.join(seconds)
+    waiting = [process for process in started if process.is_alive()]
+    for process in waiting:
         process.kill()
         process.join()
+    assert not waiting, f"{len(waiting)} of {len(started)} processes did not end in {seconds} s"
     return [process.exitcode for process in started]
 
 

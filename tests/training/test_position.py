@@ -11,7 +11,9 @@ MINE = {"rollouts": "ab12", "seed": 0}
 def test_processes_that_see_other_files_are_named(monkeypatch):
     """As where a pattern matches other files on another node."""
     monkeypatch.setattr(position, "gathered", lambda mine: [mine, mine, mine | {"rollouts": "cd34"}])
-    with pytest.raises(InputError, match="process 2 has rollouts = cd34, process 0 has ab12; all must see the same files"):
+    with pytest.raises(
+        InputError, match="process 2 has rollouts = cd34, process 0 has ab12; all must see the same files and"
+    ):
         check_agreement(Accelerator(cpu=True), MINE)
 
 
