@@ -43,13 +43,15 @@ def replace(partial: Path, path: Path) -> None:
     for written in [partial, *partial.rglob("*")]:
         if not written.is_symlink():
             _sync(written)
+    making_way = partial.is_dir() and path.is_dir()
     old = path.with_name(path.name + ".old")
-    if partial.is_dir() and path.is_dir():
+    if making_way:
         remove(old)
         path.rename(old)
     partial.rename(path)
     _sync(path.parent)
-    remove(old)
+    if making_way:
+        remove(old)
 
 
 def _sync(path: Path) -> None:

@@ -32,3 +32,12 @@ def test_what_was_there_stays_if_the_disk_turns_out_to_be_full_at_the_end(kind, 
     write("new")
     assert read() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["it"]
+
+
+def test_other_files_of_like_names_stay(tmp_path):
+    for name in ("it.old", "it.partial"):
+        (tmp_path / name).write_text("a user's")
+    for _ in range(2):
+        with complete(tmp_path / "it") as partial:
+            partial.write_text("new")
+    assert (tmp_path / "it.old").read_text() == (tmp_path / "it.partial").read_text() == "a user's"
