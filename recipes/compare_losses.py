@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 
 from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, digest, read_rollouts
 from bebop.data.states import StateCache
@@ -34,7 +33,7 @@ from bebop.evaluation.comparison import (
     slopes_table,
 )
 from bebop.evaluation.measures import MEASURED, add_measures
-from bebop.evaluation.page import Section, write_page, write_whole
+from bebop.evaluation.page import Section, terminal, write_page, write_whole
 from bebop.evaluation.sums import DocumentSums, Resampled, joined
 from bebop.heads.loading import head_for
 from bebop.machine import use_all_cores
@@ -240,7 +239,7 @@ def _report(
     }
     write_whole(output / "comparison.json", (json.dumps(result, indent=2) + "\n").encode())
     page = write_page(output, "Comparison of objectives", sections)
-    console = Console()
+    console = terminal()
     for table in sections[0].tables:
         console.print(table.for_terminal())
     console.print(f"report: {page}, {output}/comparison.json")

@@ -52,7 +52,7 @@ def main() -> None:
     given.add_argument("--prompt-column", help="where the prompts are; if left out prompt_ids, messages or prompt")
     given.add_argument("--samples-per-prompt", type=int, default=1, help="answers to each")
     here = parser.add_argument_group("sampling in this process")
-    here.add_argument("--batch-size", type=int, default=128, help="dialogues sampled at once")
+    here.add_argument("--batch-size", type=int, default=128, help="dialogues sampled at once, and kept when all have ended")
     there = parser.add_argument_group("sampling on a server")
     there.add_argument("--server", help="URL of a vLLM or SGLang server")
     there.add_argument("--served-model", help="name of the model on the server, if it has several")

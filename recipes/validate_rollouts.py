@@ -99,11 +99,16 @@ def _print(found: Validation, console: Console) -> None:
         histogram.add_row(f"{low:,} to {2 * low - 1:,}", f"{count:,}", "█" * -(-40 * count // most))
 
     counts = list(found.token_counts.values())
-    tokens = Table("id", "text", "share", title=f"Response tokens: {len(counts):,} of {found.header.vocab_size:,} occur")
+    tokens = Table(
+        "id",
+        "text" if found.token_texts else "",
+        "share",
+        title=f"Response tokens: {len(counts):,} of {found.header.vocab_size:,} occur",
+    )
     for token, count in islice(found.token_counts.items(), 10):
         text = found.token_texts.get(token)
         tokens.add_row(str(token), "" if text is None else repr(text), f"{count / sum(counts):.2%}")
-    for most in (10, 100, 1000, 10_000):
+    for most in (n for n in (10, 100, 1000, 10_000) if n < len(counts)):
         tokens.add_row(f"the {most:,} most frequent", "", f"{sum(counts[:most]) / sum(counts):.2%}")
 
     for table in (facts, lengths, histogram, tokens):

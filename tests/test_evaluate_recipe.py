@@ -104,6 +104,15 @@ def test_texts_that_were_not_sampled_are_refused(files, tmp_path):
         run_study(make_study(files, tmp_path, rollouts=[tmp_path / "greedy.jsonl"]))
 
 
+def test_a_model_without_a_head_of_its_own_is_refused(tmp_path):
+    """A cold start would be scored as if it were one."""
+    model = make_checkpoint(tmp_path / "model", "qwen2")
+    rollouts = [write_tiny_rollouts(tmp_path / "rollouts.jsonl", model)]
+    with pytest.raises(InputError, match="model has no head of its own to evaluate; give --head"):
+        run_study(Study(head="auto", backbone=[str(model)], rollouts=rollouts, output=tmp_path / "out", dtype="fp32"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_native_head_needs_no_run(tmp_path):
     model = make_checkpoint(tmp_path / "model", "qwen3_5_text", native_head=True)
     rollouts = write_tiny_rollouts(tmp_path / "rollouts.jsonl", model)

@@ -101,7 +101,7 @@ class ChatConverter:
             found = list(self._turns(conversation))
         except InputError as error:
             if not self.skip_unfit:
-                raise
+                raise InputError(f"{error} (skip_unfit leaves out all such)") from error
             self.turns, self.too_long, self.merged = before
             self.unfit += 1
             self.reason = self.reason or str(error)

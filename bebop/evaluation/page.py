@@ -2,6 +2,7 @@
 
 import base64
 import io
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import jinja2
 import rich.markup
 import rich.table
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from bebop.writing import complete
 
@@ -105,3 +107,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file that appears under its name once it is complete."""
     with complete(path) as partial:
         partial.write_bytes(content)
+
+
+def terminal() -> Console:
+    """Where tables are printed; wide enough for them where there is no terminal, as in a log."""
+    return Console() if sys.stdout.isatty() else Console(width=140)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from bebop.backbone import Backbone, resolve_checkpoint
 from bebop.data.rollouts import Rollout, RolloutHeader, check_rollouts_of, read_rollouts
@@ -21,7 +20,7 @@ from bebop.evaluation.decoding import Decoded, speculative_decode
 from bebop.evaluation.engine_counts import RULES
 from bebop.evaluation.entropy import decompose, line_through
 from bebop.evaluation.measures import MEASURED, add_measures, describe, describe_sources
-from bebop.evaluation.page import Section, Table, write_page
+from bebop.evaluation.page import Section, Table, terminal, write_page
 from bebop.evaluation.sums import DocumentSums, Resampled
 from bebop.heads.head import MTPHead
 from bebop.heads.loading import head_for, read_head
@@ -121,7 +120,11 @@ def run_study(study: Study) -> dict[str, Any]:
     for i, ((path, header, rollouts), name) in enumerate(zip(files, names, strict=True)):
         if backbone is None or len(study.backbone) > 1:
             backbone = Backbone.load(study.backbone[i], compute_dtype(study.dtype, device), device)
-            head, _ = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
+            head, origin = head_for(backbone, study.head, "flex_attention" if device.type == "cuda" else "sdpa")
+            if origin == "cold start":
+                raise InputError(
+                    f"{study.backbone[i]} has no head of its own to evaluate; give --head, a run's head directory"
+                )
             cost_ratio = cost_ratio or weights_ratio(head, backbone)
         assert head is not None
         scored += _score(study, name, path, header, rollouts, head, backbone)
@@ -290,7 +293,7 @@ def _write(study: Study, scored: list[_Scored], cost_ratio: float) -> dict[str, 
         partial.mkdir()
         (partial / "evaluation.json").write_text(json.dumps(_plain(result), indent=2) + "\n")
         page = study.output / write_page(partial, f"Acceptance of {study.head}", sections).name
-    console = Console()
+    console = terminal()
     for table in sections[0].tables:
         console.print(table.for_terminal())
     console.print(f"report: {page}, {study.output}/evaluation.json")

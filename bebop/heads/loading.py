@@ -220,7 +220,8 @@ def read_head(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     for name in ("head.safetensors", "head.json"):
         if not (directory / name).is_file():
-            raise InputError(f"{directory} has no {name}; expected a head directory that a training run wrote")
+            hint = f"; is it {directory / 'head'}?" if (directory / "head" / name).is_file() else ""
+            raise InputError(f"{directory} has no {name}; expected a head directory that a training run wrote{hint}")
     try:
         tensors = load_file(directory / "head.safetensors")
     except SafetensorError as error:

@@ -165,7 +165,7 @@ def test_long_turns_are_left_out_and_counted():
 def test_unfit_conversations_are_left_out_if_that_is_asked_for(tmp_path):
     tokenizer, converter = make_converter(CHATML, "<|im_end|>")
     bad = [Conversation(TALK[1:], place="chats, row 4"), Conversation(TALK[:1], place="chats, row 5")]
-    with pytest.raises(InputError, match="chats, row 4 begins with an assistant's message; leave it out"):
+    with pytest.raises(InputError, match=r"chats, row 4 begins with an assistant's message; leave it out \(skip_unfit"):
         list(converter.convert([Conversation(TALK), *bad]))
     converter = ChatConverter(tokenizer, converter.ends, 4096, skip_unfit=True)
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": []}) + "\n")
