@@ -236,12 +236,14 @@ def split_held_out(rollouts: Sequence[Rollout], share: float) -> tuple[list[Roll
     return train, [r for r, out in zip(rollouts, held_out, strict=True) if out]
 
 
-def split_problems(path: Path | str, rollouts: Sequence[Rollout], held_out_share: float, draft_steps: int) -> Iterator[str]:
-    """What keeps a head from being trained on a part of the rollouts and measured on the rest, a line each."""
-    for side, documents in zip(("training", "held-out"), split_held_out(rollouts, held_out_share), strict=True):
+def split_problems(
+    path: Path | str, train: Sequence[Rollout], held_out: Sequence[Rollout], draft_steps: int
+) -> Iterator[str]:
+    """What keeps a head from being trained on one part of the rollouts and measured on the other, a line each."""
+    for side, documents in (("training", train), ("held-out", held_out)):
         if not documents:
             yield (
-                f"{path}: of {len(rollouts)} rollouts none is {side} at held_out_share {held_out_share}; "
+                f"{path}: of {len(train) + len(held_out)} rollouts none is {side} at this held_out_share; "
                 "sample more rollouts or change the share"
             )
         elif (longest := max(len(r.response_ids) for r in documents)) <= draft_steps:

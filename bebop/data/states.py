@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from bebop.data.batches import Batch, make_batch, plan_micro_batches
 from bebop.data.rollouts import Rollout
 from bebop.data.state_shards import StateShards, describe
 from bebop.errors import InputError
+from bebop.processes import from_first, gathered
 
 _TOKENS_PER_FORWARD = 8192
 
@@ -101,7 +101,7 @@ def _stored_states(
 ) -> list[Tensor]:
     """States from the shards in a directory, after all processes have together computed those that are missing."""
     rank, world = _rank_and_world()
-    description = _of_all(describe(backbone, rollouts, _TOKENS_PER_FORWARD) if rank == 0 else None)[0]
+    description = from_first(lambda: describe(backbone, rollouts, _TOKENS_PER_FORWARD))
     shards = StateShards(directory, description, plan, [len(r) for r in rollouts], _token_bytes(backbone))
     with _refused_together():
         if rank == 0:
@@ -111,13 +111,13 @@ def _stored_states(
     share = tqdm(
         range(rank, len(shards), world), desc=f"{progress}, checksums", unit="file", delay=5, disable=progress is None
     )
-    missing = sorted(chain.from_iterable(_of_all([number for number in share if not shards.is_whole(number)])))
+    missing = sorted(chain.from_iterable(gathered([number for number in share if not shards.is_whole(number)])))
     if missing:
         with _refused_together():
             if rank == 0:
                 shards.check_space(missing)
         _compute(backbone, rollouts, shards, missing, progress)
-        _of_all(None)  # all have written before any reads
+        gathered(None)  # all have written before any reads
     with _refused_together():
         states = shards.map()
     return states
@@ -162,15 +162,6 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _of_all(mine: Any) -> list[Any]:
-    """What each process of torch.distributed has, by rank."""
-    if not dist.is_initialized():
-        return [mine]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
-
-
 @contextmanager
 def _refused_together() -> Iterator[None]:
     """An InputError in one process is raised in all, instead of leaving the others to wait for it."""
@@ -179,5 +170,5 @@ def _refused_together() -> Iterator[None]:
         yield
     except InputError as error:
         problem = str(error)
-    if problems := [p for p in _of_all(problem) if p]:
+    if problems := [p for p in gathered(problem) if p]:
         raise InputError(problems[0])

@@ -94,13 +94,14 @@ def validate(
     header, rollouts = read_rollouts(paths)
     files = find_files(paths)
     prompts, responses = (np.array([len(getattr(r, ids)) for r in rollouts]) for ids in ("prompt_ids", "response_ids"))
+    train, held_out = split_held_out(rollouts, held_out_share)
     tokens = _token_counts(rollouts, header.vocab_size)
     result = Validation(
         files=[str(path) for path in files],
         header=header,
         rollouts=len(rollouts),
         tokens=int(prompts.sum() + responses.sum()),
-        held_out=len(split_held_out(rollouts, held_out_share)[1]),
+        held_out=len(held_out),
         supervised_share=float(responses.sum() / (prompts.sum() + responses.sum())),
         prompt_lengths=_percentiles(prompts),
         response_lengths=_percentiles(responses),
@@ -119,7 +120,7 @@ def validate(
     names = " ".join(result.files)
     if directory is not None:
         result.problems += mismatches(directory, names, header, rollouts, max_length)
-    result.problems += split_problems(names, rollouts, held_out_share, draft_steps)
+    result.problems += split_problems(names, train, held_out, draft_steps)
     token, count = next(iter(tokens.items()))
     if (share := count / responses.sum()) > _DEGENERATE:
         text = repr(result.token_texts.get(token, ""))

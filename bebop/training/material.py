@@ -52,7 +52,8 @@ class Material:
             directory = resolve_checkpoint(config.backbone, weights=False)
         names = " ".join(config.rollouts)
         check_rollouts_of(directory, names, header, rollouts, config.max_length)
-        if problem := next(split_problems(names, rollouts, config.held_out_share, config.draft_steps), None):
+        train, held_out = split_held_out(rollouts, config.held_out_share)
+        if problem := next(split_problems(names, train, held_out, config.draft_steps), None):
             raise InputError(problem)
         if header.temperature != config.temperature:
             logger.warning(
@@ -61,7 +62,7 @@ class Material:
                 config.temperature,
             )
         dtype = compute_dtype(config.dtype, accelerator.device)
-        return cls(config.backbone, directory, dtype, *split_held_out(rollouts, config.held_out_share))
+        return cls(config.backbone, directory, dtype, train, held_out)
 
     def load_backbone(self, accelerator: Accelerator) -> None:
         """Load the backbone, unless it is there; every process calls.
